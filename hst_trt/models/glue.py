@@ -1,0 +1,164 @@
+"""The arithmetic between the models, in torch: the reference that the exported glue graphs must equal.
+
+Loop state is float32 and in token order (row-major over the h x w grid of tokens, N = h * w); the *slots* of the large
+model's cache have an order of their own: ``order[s]`` is the token in slot s, the first M slots are the active ones.
+B images, R transformer rows (2 B when guided: negative prompts first, else B), C = latent channels * patch area.
+Each function takes and returns tensors by the names that the graph's inputs and outputs have.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["REFERENCE"]
+
+
+def join_text(
+    prompt_index: Tensor,
+    hidden_1: Tensor,
+    embeds_1: Tensor,
+    hidden_2: Tensor,
+    embeds_2: Tensor,
+    hidden_3: Tensor,
+) -> dict[str, Tensor]:
+    """SD3's text: CLIP features side by side, zero-padded to T5's width, followed by T5's tokens; one row per prompt_index."""
+    clip = torch.cat([hidden_1, hidden_2], dim=-1)
+    clip = F.pad(clip, (0, hidden_3.shape[-1] - clip.shape[-1]))
+    return {
+        "encoder_hidden_states": torch.cat([clip, hidden_3], dim=1)[prompt_index],
+        "pooled_projections": torch.cat([embeds_1, embeds_2], dim=-1)[prompt_index],
+    }
+
+
+def pack(latents: Tensor, token_ids: Tensor, row_index: Tensor, pos_table: Tensor) -> dict[str, Tensor]:
+    """The transformer's inputs for the tokens ``token_ids`` [B, M]; ``row_index`` [R] says which image a row belongs to.
+
+    ``pos_table`` [N] holds each token's row in the model's position table.
+    """
+    ids = token_ids[row_index]
+    rows = latents[row_index]
+    return {
+        "hidden_tokens": rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[-1])),
+        "pos_ids": pos_table[ids],
+    }
+
+
+def guide(row_velocity: Tensor, guidance_scale: Tensor) -> dict[str, Tensor]:
+    """Classifier-free guidance, ``v = v_u + w (v_c - v_u)``, on [2B, M, C]."""
+    unconditional, conditional = row_velocity.chunk(2)
+    return {"velocity": unconditional + guidance_scale * (conditional - unconditional)}
+
+
+def blend(base: Tensor, refined: Tensor, active: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """Hard blend: the large model's velocity on the ``active`` [B, M] tokens, elsewhere ``base`` [B, N, C].
+
+    ``difference`` is D, each token's last known ``refined - base``, faded by ``decay`` a step; it corrects the tokens
+    outside the mask (decay 0 switches that off).
+    """
+    index = active[..., None].expand(-1, -1, base.shape[-1])
+    faded = decay * difference
+    return {
+        "velocity": (base + faded).scatter(1, index, refined),
+        "next_difference": faded.scatter(1, index, refined - base.gather(1, index)),
+    }
+
+
+def correct(base: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """The correction alone, for steps without the large model: ``v = base + D``."""
+    faded = decay * difference
+    return {"velocity": base + faded, "next_difference": faded}
+
+
+def score(
+    difference: Tensor,
+    active: Tensor,
+    base: Tensor,
+    last_base: Tensor,
+    scores: Tensor,
+    age: Tensor,
+    decay: Tensor,
+    drift: Tensor,
+    starvation: Tensor,
+) -> dict[str, Tensor]:
+    """How much each token is worth to the large model; scores and age are [B, h, w].
+
+    Inside the mask the score is fresh, mean |v_L - v_S| of the token; outside it is the last known one, decayed, plus
+    ``drift`` times the small model's own change. The map is smoothed by a 3x3 mean (over the neighbours that exist), and
+    a token that was left out for ``age`` steps gains ``starvation * age`` times the mean score.
+    """
+    chosen = torch.zeros_like(scores).flatten(1).scatter(1, active, 1.0).view_as(scores) > 0
+    fresh = difference.abs().mean(-1).view_as(scores)
+    carried = decay * scores + drift * (base - last_base).abs().mean(-1).view_as(scores)
+    next_scores = torch.where(chosen, fresh, carried)
+    next_age = torch.where(chosen, torch.zeros_like(age), age + 1)
+    smooth = F.avg_pool2d(next_scores[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    gain = starvation * smooth.mean((1, 2), keepdim=True)
+    return {"next_scores": next_scores, "next_age": next_age, "priority": smooth + gain * next_age}
+
+
+def rank(priority: Tensor) -> dict[str, Tensor]:
+    """Each token's place when sorted by priority, ties by token index: the same in every backend, for any N."""
+    s = priority.flatten(1)
+    before = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool, device=s.device).tril(-1)  # [i, j]: j < i
+    ahead = (s[:, None, :] > s[:, :, None]) | ((s[:, None, :] == s[:, :, None]) & before)
+    return {"ranks": ahead.sum(-1)}
+
+
+def select(ranks: Tensor, order: Tensor, slots: Tensor) -> dict[str, Tensor]:
+    """The new mask: the ``len(slots)`` best-ranked tokens move into the first slots.
+
+    As many tokens enter as leave, and each entering token changes places with a leaving one: ``partner[s]`` is the slot
+    whose token comes to slot s (s itself where nothing moves). So for the cache only rows of leaving tokens need to be
+    kept: ``row[s] = row[partner[s]]`` for the slots beyond the active ones, all of which read active slots.
+    """
+    count = len(slots)
+    slot = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    chosen = ranks.gather(1, order) < count
+    leaving, entering = (slot < count) & ~chosen, (slot >= count) & chosen
+    nth_leaving, nth_entering = leaving.cumsum(1), entering.cumsum(1)
+    pairs = (nth_entering[:, :, None] == nth_leaving[:, None, :]) & entering[:, :, None] & leaving[:, None, :]
+    source = (pairs * slot[:, None, :]).sum(2)
+    target = (pairs * slot[:, :, None]).sum(1)
+    partner = torch.where(entering, source, torch.where(leaving, target, slot))
+    next_order = order.gather(1, partner)
+    return {"next_order": next_order, "partner": partner, "active": next_order[:, slots]}
+
+
+def count(priority: Tensor, ranks: Tensor, threshold: Tensor) -> dict[str, Tensor]:
+    """Tokens whose priority exceeds ``threshold`` times the median (the lower middle one), per image, [B] int64."""
+    s = priority.flatten(1)
+    median = (s * (ranks == s.shape[1] // 2)).sum(1, keepdim=True)
+    return {"counts": (s > threshold * median).sum(1)}
+
+
+def change(velocity: Tensor, last_velocity: Tensor) -> dict[str, Tensor]:
+    """SRDiffusion's measure of how much the velocity still moves, [1]."""
+    return {"change": torch.tanh((velocity - last_velocity).abs().mean() / last_velocity.abs().mean())[None]}
+
+
+def euler(latents: Tensor, velocity: Tensor, delta_sigma: Tensor) -> dict[str, Tensor]:
+    """One Euler step of the rectified flow, ``x + dsigma * v``."""
+    return {"next_latents": latents + delta_sigma * velocity}
+
+
+def finite(latents: Tensor) -> dict[str, Tensor]:
+    """1 where every value is finite, else 0, [1] int32."""
+    return {"finite": latents.isfinite().all().to(torch.int32)[None]}
+
+
+REFERENCE = {
+    "join_text": join_text,
+    "pack": pack,
+    "guide": guide,
+    "blend": blend,
+    "correct": correct,
+    "score": score,
+    "rank": rank,
+    "select": select,
+    "count": count,
+    "change": change,
+    "euler": euler,
+    "finite": finite,
+}

@@ -1,0 +1,158 @@
+"""The ONNX Runtime backend: buffers are numpy arrays, calls are bound once and then run without copies.
+
+The K/V cache is updated in place by binding each ``present_*`` output to the memory of its ``past_*`` input, which ONNX
+Runtime's TensorScatter recognises; then only the written rows are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import BuildError, ResourceError
+from ..tensor_names import GLUE
+
+__all__ = ["HostBuffer", "OnnxRuntimeBackend"]
+
+
+@dataclass(frozen=True)
+class HostBuffer:
+    """A contiguous array and ONNX Runtime's handle on the same memory."""
+
+    array: np.ndarray
+    value: ort.OrtValue
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> HostBuffer:
+        return cls(array, ort.OrtValue.ortvalue_from_numpy(array))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+class _BoundCall:
+    def __init__(self, session: ort.InferenceSession, bindings: Mapping[str, HostBuffer], name: str) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._name = name
+        self._buffers = dict(bindings)  # keeps the memory alive as long as the call
+        for node in session.get_inputs():
+            self._binding.bind_ortvalue_input(node.name, bindings[node.name].value)
+        for node in session.get_outputs():
+            self._binding.bind_ortvalue_output(node.name, bindings[node.name].value)
+
+    def execute(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except ort.capi.onnxruntime_pybind11_state.RuntimeException as exc:
+            raise _translated(exc, self._name) from exc
+
+    def capture(self) -> None:
+        """ONNX Runtime's CPU provider has nothing to record."""
+
+
+class OnnxEngine:
+    """One session."""
+
+    def __init__(self, name: str, session: ort.InferenceSession) -> None:
+        self.name = name
+        self._session = session
+        self.input_names = tuple(node.name for node in session.get_inputs())
+        self.output_names = tuple(node.name for node in session.get_outputs())
+
+    def prepare(self, bindings: Mapping[str, HostBuffer]) -> _BoundCall:
+        missing = [name for name in (*self.input_names, *self.output_names) if name not in bindings]
+        assert not missing, f"{self.name}: nothing is bound to {missing}"
+        return _BoundCall(self._session, bindings, self.name)
+
+
+class OnnxRuntimeBackend:
+    """Runs graphs on the CPU.
+
+    Args:
+        graphs: the file of each graph, by name.
+        threads: threads of each session; 0 lets ONNX Runtime take one per physical core.
+        on_load: called with a graph's name before it is loaded.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, graphs: Mapping[str, Path], threads: int = 0, on_load: Callable[[str], None] | None = None) -> None:
+        self._graphs = dict(graphs)
+        self._threads = threads
+        self._on_load = on_load
+        self._engines: dict[str, OnnxEngine] = {}
+
+    def engine(self, name: str) -> OnnxEngine:
+        if name not in self._engines:
+            if self._on_load is not None:
+                self._on_load(name)
+            self._engines[name] = OnnxEngine(name, self._session(name))
+        return self._engines[name]
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1 if name in GLUE else self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle workers must not spin: the sessions of a step take turns, and would steal each other's cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return ort.InferenceSession(str(self._graphs[name]), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's exceptions share no base of their own
+            raise _translated(exc, name) from exc
+
+    # -- buffers -----------------------------------------------------------------------------------------------------
+    def empty(self, shape: Sequence[int], dtype: str) -> HostBuffer:
+        try:
+            return HostBuffer.of(np.zeros(shape, dtype))
+        except MemoryError as exc:
+            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            raise ResourceError(
+                f"a buffer of shape {tuple(shape)} needs {size / 2**20:.0f} MiB, which are not free",
+                fix="ask for fewer images at once or a smaller size",
+            ) from exc
+
+    def view(self, buffer: HostBuffer, shape: Sequence[int]) -> HostBuffer:
+        return HostBuffer.of(buffer.array.reshape(-1)[: int(np.prod(shape))].reshape(shape))
+
+    def write(self, buffer: HostBuffer, values: np.ndarray) -> None:
+        np.copyto(buffer.array, values)
+
+    def read(self, buffer: HostBuffer) -> np.ndarray:
+        return buffer.array.copy()
+
+    def copy(self, source: HostBuffer, target: HostBuffer) -> None:
+        np.copyto(target.array, source.array)
+
+    def move_rows(
+        self,
+        caches: Sequence[HostBuffer],
+        partner: HostBuffer,
+        row_index: np.ndarray,
+        first: int,
+        text_rows: Sequence[int],
+    ) -> None:
+        source = partner.array[:, first:]
+        moves = []
+        for image in range(len(source)):
+            target = np.flatnonzero(source[image] != np.arange(first, partner.shape[1])) + first
+            moves.append((target, partner.array[image, target]))
+        for cache, offset in zip(caches, text_rows, strict=True):
+            for row, image in enumerate(row_index):
+                target, leaving = moves[image]
+                cache.array[row][:, target + offset] = cache.array[row][:, leaving + offset]
+
+
+def _translated(exc: Exception, name: str) -> Exception:
+    text = str(exc).strip()
+    if "bad_alloc" in text or "Failed to allocate memory" in text:
+        return ResourceError(
+            f"the graph {name!r} ran out of memory", found=text, fix="ask for fewer images at once or a smaller size"
+        )
+    return BuildError(f"ONNX Runtime could not run the graph {name!r}", found=text, fix="run `hst-trt verify` on the bundle")

@@ -1,0 +1,361 @@
+"""All buffers and prepared calls of one request shape, and the verbs that the denoising loop is written in.
+
+A workspace is made once for (images, guided or not, h x w tokens) and serves any number of requests of that shape: seeds,
+prompts, step counts, schedules and mask sizes only change what is written into its buffers and which calls are executed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .plan import MaskRule
+from .runtime.engine import Backend, PreparedCall
+from .schedule import StepTable
+from .spec import PairSpec, TransformerSpec
+from .tensor_names import LARGE, SMALL, cache_names, past_to_present
+
+__all__ = ["RequestShape", "Workspace"]
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """What decides the size of every buffer."""
+
+    images: int
+    guided: bool
+    h: int  # token rows
+    w: int  # token columns
+
+    @property
+    def rows(self) -> int:
+        """Transformer rows: with guidance every image has a negative and a positive one, negatives first."""
+        return self.images * (2 if self.guided else 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.h * self.w
+
+
+class Workspace:
+    """Owns the loop's state. Not for use by two threads at once.
+
+    State is in token order except the large model's cache, whose slots have the order of the buffer ``order``; see
+    `hst_trt.models.glue` for the formula behind each verb.
+
+    Args:
+        backend: makes the buffers and runs the engines.
+        spec: the pair.
+        shape: the request shape.
+    """
+
+    def __init__(self, backend: Backend, spec: PairSpec, shape: RequestShape) -> None:
+        self.backend, self.spec, self.shape = backend, spec, shape
+        self.seconds: Counter[str] = Counter()  # by engine name
+        self.calls: Counter[str] = Counter()
+        self._prepared: dict[tuple[Any, ...], PreparedCall] = {}
+        self._row_index = np.tile(np.arange(shape.images, dtype=np.int64), shape.rows // shape.images)
+        b, n, c, r = shape.images, shape.tokens, spec.large.token_channels, shape.rows
+        text, grid = spec.text_length, (b, shape.h, shape.w)
+        layout: dict[str, tuple[tuple[int, ...], str]] = {
+            "latents": ((b, n, c), "float32"),
+            "next_latents": ((b, n, c), "float32"),
+            "velocity": ((b, n, c), "float32"),
+            "last_velocity": ((b, n, c), "float32"),
+            "base": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
+            "last_base": ((b, n, c), "float32"),
+            "refined": ((b, n, c), "float32"),  # v_L of the active tokens
+            "difference": ((b, n, c), "float32"),  # D, the last known v_L - v_S
+            "next_difference": ((b, n, c), "float32"),
+            "hidden_tokens": ((r, n, c), "float32"),
+            "pos_ids": ((r, n), "int64"),
+            "row_velocity": ((r, n, c), "float32"),
+            "timestep": ((r,), "float32"),
+            "encoder_hidden_states": ((r, text, spec.large.text_width), "float32"),
+            "pooled_projections": ((r, spec.large.pooled_width), "float32"),
+            "row_index": ((r,), "int64"),
+            "identity": ((b, n), "int64"),
+            "order": ((b, n), "int64"),
+            "next_order": ((b, n), "int64"),
+            "partner": ((b, n), "int64"),
+            "active": ((b, n), "int64"),
+            "slots": ((n,), "int64"),
+            "scores": (grid, "float32"),
+            "next_scores": (grid, "float32"),
+            "age": (grid, "float32"),
+            "next_age": (grid, "float32"),
+            "priority": (grid, "float32"),
+            "ranks": ((b, n), "int64"),
+            "counts": ((b,), "int64"),
+            "change": ((1,), "float32"),
+            "finite": ((1,), "int32"),
+            "large_pos_table": ((n,), "int64"),
+            "small_pos_table": ((n,), "int64"),
+            **{name: ((1,), "float32") for name in _NUMBERS},
+        }
+        self._buffers = {name: backend.empty(size, dtype) for name, (size, dtype) in layout.items()}
+        self._caches: list[str] = []
+        self._write("row_index", self._row_index)
+        self._write("identity", np.broadcast_to(np.arange(n, dtype=np.int64), (b, n)))
+        self._write("slots", np.arange(n, dtype=np.int64))
+        self._write("large_pos_table", spec.large.position_ids(shape.h, shape.w))
+        self._write("small_pos_table", spec.small.position_ids(shape.h, shape.w))
+
+    # -- a request ---------------------------------------------------------------------------------------------------
+    def begin(
+        self,
+        latents: np.ndarray,
+        text: Mapping[str, np.ndarray],
+        table: StepTable,
+        guidance_scale: float,
+        mask: MaskRule | None,
+        correction: float,
+    ) -> None:
+        """Writes a request into the buffers.
+
+        Args:
+            latents: start noise as tokens [images, N, C].
+            text: encoder_hidden_states [rows, T, J] and pooled_projections [rows, P].
+            table: the steps.
+            guidance_scale: w.
+            mask: the mask rule, None if no step is masked.
+            correction: factor a step on D; 0 for none.
+        """
+        self.table = table
+        self._write("latents", latents)
+        for name, values in text.items():
+            self._write(name, values)
+        for name in ("difference", "scores", "age", "last_velocity", "last_base"):
+            self._write(name, np.float32(0.0))
+        mask = mask or MaskRule()
+        self._write("guidance_scale", np.float32(guidance_scale))
+        self._write("correction", np.float32(correction))
+        self._write("score_decay", np.float32(mask.decay))
+        self._write("drift", np.float32(mask.drift))
+        self._write("starvation", np.float32(mask.starvation))
+        self._write("threshold", np.float32(mask.threshold or 0.0))
+        self.seconds.clear()
+        self.calls.clear()
+
+    def begin_step(self, t: int) -> None:
+        self._write("timestep", self.table.timesteps[t])
+        self._write("delta_sigma", self.table.delta_sigmas[t])
+
+    # -- the verbs of the loop ---------------------------------------------------------------------------------------
+    def small(self) -> None:
+        """base = v_S(x), all tokens."""
+        self._velocity(SMALL, self.spec.small, self.shape.tokens, "identity", "base")
+
+    def large(self) -> None:
+        """velocity = v_L(x), all tokens; the whole cache is rewritten, in token order."""
+        self._copy("identity", "order")
+        self._velocity(LARGE, self.spec.large, self.shape.tokens, "identity", "velocity")
+
+    def large_masked(self, tokens: int) -> None:
+        """refined = v_L(x) of the `tokens` active tokens; their rows of the cache are rewritten."""
+        self._velocity(LARGE, self.spec.large, tokens, "active", "refined")
+
+    def blend(self, tokens: int) -> None:
+        """velocity = base + D outside the mask, refined inside it; D is renewed inside it."""
+        self._glue(
+            "blend",
+            base="base",
+            refined=("refined", (self.shape.images, tokens, self.spec.large.token_channels)),
+            active=("active", (self.shape.images, tokens)),
+            difference="difference",
+            decay="correction",
+            velocity="velocity",
+            next_difference="next_difference",
+        )
+        self._copy("next_difference", "difference")
+
+    def compare_all(self) -> None:
+        """D = velocity - base on all tokens: after a full large call everything counts as active."""
+        self._copy("velocity", "refined")
+        self._copy("identity", "active")
+        self.blend(self.shape.tokens)
+
+    def correct(self) -> None:
+        """velocity = base + D, where the small model is alone."""
+        self._glue("correct", base="base", difference="difference", decay="correction", velocity="velocity", next_difference="next_difference")
+        self._copy("next_difference", "difference")
+
+    def use_base(self) -> None:
+        """velocity = base."""
+        self._copy("base", "velocity")
+
+    def keep_last(self) -> None:
+        """base = the last step's velocity: what unmasked tokens go on with where there is no small model."""
+        self._copy("last_velocity", "base")
+
+    def score(self, tokens: int) -> None:
+        """Scores, ages and priority of all tokens, `tokens` of them fresh; then their ranks."""
+        self._glue(
+            "score",
+            difference="difference",
+            active=("active", (self.shape.images, tokens)),
+            base="base",
+            last_base="last_base",
+            scores="scores",
+            age="age",
+            decay="score_decay",
+            drift="drift",
+            starvation="starvation",
+            next_scores="next_scores",
+            next_age="next_age",
+            priority="priority",
+        )
+        self._copy("next_scores", "scores")
+        self._copy("next_age", "age")
+
+    def count(self) -> int:
+        """The most tokens of any image whose priority exceeds the threshold. Waits for the device."""
+        self._glue("rank", priority="priority", ranks="ranks")
+        self._glue("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
+        return int(self._read("counts").max())
+
+    def select(self, tokens: int) -> None:
+        """The `tokens` best-ranked tokens of each image become active; cache rows of those that leave are kept."""
+        images = self.shape.images
+        self._glue("rank", priority="priority", ranks="ranks")
+        self._glue(
+            "select",
+            ranks="ranks",
+            order="order",
+            slots=("slots", (tokens,)),
+            next_order="next_order",
+            partner="partner",
+            active=("active", (images, tokens)),
+        )
+        self._copy("next_order", "order")
+        text = self.spec.text_length
+        joint = 2 * self.spec.large.layers
+        self.backend.move_rows(
+            [self._buffers[name] for name in self._caches],
+            self._buffers["partner"],
+            self._row_index,
+            tokens,
+            [text if i < joint else 0 for i in range(len(self._caches))],
+        )
+
+    def change(self) -> float:
+        """How much the velocity moved since the last step. Waits for the device."""
+        self._glue("change", velocity="velocity", last_velocity="last_velocity", change="change")
+        return float(self._read("change")[0])
+
+    def euler(self) -> None:
+        """x += dsigma * v; this step's velocity and base become the last ones."""
+        self._glue("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
+        self._copy("next_latents", "latents")
+        self._copy("velocity", "last_velocity")
+        self._copy("base", "last_base")
+
+    # -- what comes out ----------------------------------------------------------------------------------------------
+    @property
+    def latents(self) -> np.ndarray:
+        """Latents as tokens [images, N, C], a copy. Waits for the device."""
+        return self._read("latents")
+
+    @latents.setter
+    def latents(self, values: np.ndarray) -> None:
+        self._write("latents", values)
+
+    def is_finite(self) -> bool:
+        self._glue("finite", latents="latents", finite="finite")
+        return bool(self._read("finite")[0])
+
+    def active_mask(self, tokens: int) -> np.ndarray:
+        """The mask in force, [images, h, w] bool. Waits for the device."""
+        active = self._read("active").reshape(-1)[: self.shape.images * tokens].reshape(self.shape.images, tokens)
+        mask = np.zeros((self.shape.images, self.shape.tokens), bool)
+        np.put_along_axis(mask, active, True, axis=1)
+        return mask.reshape(self.shape.images, self.shape.h, self.shape.w)
+
+    def impose(self, mask: np.ndarray) -> None:
+        """Makes the next `select` choose the tokens of `mask` [images, h, w] bool, whatever their scores."""
+        self._write("priority", mask.astype(np.float32))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+    def _velocity(self, name: str, spec: TransformerSpec, tokens: int, ids: str, result: str) -> None:
+        """One guided transformer call on the tokens `ids`, its velocity going to `result`."""
+        images, rows, channels = self.shape.images, self.shape.rows, spec.token_channels
+        hidden = ("hidden_tokens", (rows, tokens, channels))
+        positions = ("pos_ids", (rows, tokens))
+        self._glue(
+            "pack",
+            latents="latents",
+            token_ids=(ids, (images, tokens)),
+            row_index="row_index",
+            pos_table=f"{name}_pos_table",
+            hidden_tokens=hidden,
+            pos_ids=positions,
+        )
+        guided = self.shape.guided
+        velocity = ("row_velocity", (rows, tokens, channels)) if guided else (result, (images, tokens, channels))
+        caches = {cache: cache for cache in self._cache_of(name)}
+        self._call(
+            name,
+            hidden_tokens=hidden,
+            pos_ids=positions,
+            timestep="timestep",
+            encoder_hidden_states="encoder_hidden_states",
+            pooled_projections="pooled_projections",
+            velocity=velocity,
+            **caches,
+            **{past_to_present(cache): cache for cache in caches},
+        )
+        if guided:
+            target = (result, (images, tokens, channels))
+            self._glue("guide", row_velocity=velocity, guidance_scale="guidance_scale", velocity=target)
+
+    def _cache_of(self, name: str) -> list[str]:
+        """The large model's cache buffers, made on first use: requests without the large model need none."""
+        if name != LARGE:
+            return []
+        if not self._caches:
+            spec, rows = self.spec.large, self.shape.rows
+            for index, cache in enumerate(cache_names(spec.layers, spec.dual_layers)):
+                length = self.shape.tokens + (self.spec.text_length if index < 2 * spec.layers else 0)
+                self._buffers[cache] = self.backend.empty((rows, spec.heads, length, spec.head_dim), "float32")
+                self._caches.append(cache)
+        return self._caches
+
+    def _glue(self, name: str, **bindings: _Binding) -> None:
+        self._call(name, **bindings)
+
+    def _call(self, name: str, **bindings: _Binding) -> None:
+        """Executes an engine on the named buffers, or on views of their first elements, preparing it on first use."""
+        key = (name, *bindings.values())
+        call = self._prepared.get(key)
+        if call is None:
+            buffers = {slot: self._buffer(binding) for slot, binding in bindings.items()}
+            call = self._prepared[key] = self.backend.engine(name).prepare(buffers)
+            call.capture()
+        start = time.perf_counter()
+        call.execute()
+        self.seconds[name] += time.perf_counter() - start
+        self.calls[name] += 1
+
+    def _buffer(self, binding: _Binding) -> Any:
+        if isinstance(binding, str):
+            return self._buffers[binding]
+        name, shape = binding
+        return self.backend.view(self._buffers[name], shape)
+
+    def _copy(self, source: str, target: str) -> None:
+        self.backend.copy(self._buffers[source], self._buffers[target])
+
+    def _write(self, name: str, values: np.ndarray | np.generic) -> None:
+        self.backend.write(self._buffers[name], np.asarray(values))
+
+    def _read(self, name: str) -> np.ndarray:
+        return self.backend.read(self._buffers[name])
+
+
+_Binding = str | tuple[str, tuple[int, ...]]
+_NUMBERS = ("delta_sigma", "guidance_scale", "correction", "score_decay", "drift", "starvation", "threshold")
