@@ -31,8 +31,8 @@ def call_flops(spec: TransformerSpec, computed: int, tokens: int, text: int) -> 
 class CallCosts(Protocol):
     """What calls cost in units of one full large call, for one image size."""
 
-    source: str
-
+    @property
+    def source(self) -> str: ...
     def large(self, tokens: int) -> float: ...
     def small(self) -> float: ...
 

@@ -47,7 +47,7 @@ def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     if size < _BLOCK:
         raise ValueError(f"shape {shape} has fewer than {_BLOCK} elements")
     twister = np.random.MT19937()
-    twister.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    twister.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)  # type: ignore[assignment]
     tail = _BLOCK if size % _BLOCK else 0  # torch redraws the last 16 numbers if the size is not a multiple of 16
     uniform = (twister.random_raw(size + tail) & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
     values = np.empty(size, np.float32)

@@ -176,7 +176,8 @@ class StitchPlan:
         """Image tokens the large model computes; a threshold's share is taken to be the mask ratio until it is known."""
         if step.large_tokens is not None:
             return step.large_tokens
-        assert self.mask is not None and self.request is not None
+        assert self.mask is not None
+        assert self.request is not None
         return bucket_for(self.mask.ratio * self.num_tokens, self.request.buckets)
 
     def step_cost(self, step: Step, costs: CallCosts) -> float:
@@ -208,9 +209,7 @@ def make_plan(request: PlanRequest) -> StitchPlan:
             refresh that is out of range.
     """
     if request.schedule not in get_args(Schedule):
-        raise RequestError(
-            f"unknown schedule {request.schedule!r}", fix=f"choose one of {', '.join(get_args(Schedule))}"
-        )
+        raise RequestError(f"unknown schedule {request.schedule!r}", fix=f"choose one of {', '.join(get_args(Schedule))}")
     if not (math.isfinite(request.correction) and 0 <= request.correction <= 1):
         raise RequestError(f"correction {request.correction} is outside [0, 1]", fix="0 is off, 0.9 is a good start")
     if request.refresh_every is not None and request.refresh_every < 0:
@@ -248,7 +247,13 @@ def _stages(request: PlanRequest) -> tuple[int, int, int]:
             found=f"{len(stages)} numbers that add up to {sum(stages)}",
             fix="give three numbers of large, hybrid and small steps that add up to num_inference_steps",
         )
-    allowed = {"large": (1, 0, 0), "small": (0, 0, 1), "t-stitch": (1, 0, 1), "srdiffusion": (1, 0, 1), "ras": (1, 1, 0)}
+    allowed = {
+        "large": (1, 0, 0),
+        "small": (0, 0, 1),
+        "t-stitch": (1, 0, 1),
+        "srdiffusion": (1, 0, 1),
+        "ras": (1, 1, 0),
+    }
     for count, may, name in zip(stages, allowed.get(request.schedule, (1, 1, 1)), Stage, strict=True):
         if count and not may:
             raise RequestError(

@@ -81,7 +81,8 @@ class FlowMatchEuler:
             )
         # diffusers shifts the training sigmas once to find the ends, and the linear ramp between them once more.
         ends = self._shifted(np.array([self.num_train_timesteps, 1], np.float32) / np.float32(self.num_train_timesteps))
-        ramp = np.linspace(*(float(end) * self.num_train_timesteps for end in ends), num_inference_steps)
+        start, stop = (float(end) * self.num_train_timesteps for end in ends)
+        ramp = np.linspace(start, stop, num_inference_steps)
         sigmas = self._shifted(ramp / self.num_train_timesteps).astype(np.float32)
         return StepTable(sigmas * np.float32(self.num_train_timesteps), np.append(sigmas, np.float32(0.0)))
 

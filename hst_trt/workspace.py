@@ -7,7 +7,7 @@ prompts, step counts, schedules and mask sizes only change what is written into 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +56,7 @@ class Workspace:
 
     def __init__(self, backend: Backend, spec: PairSpec, shape: RequestShape) -> None:
         self.backend, self.spec, self.shape = backend, spec, shape
-        self.seconds: Counter[str] = Counter()  # by engine name
-        self.calls: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # by engine name
         self._prepared: dict[tuple[Any, ...], PreparedCall] = {}
         self._row_index = np.tile(np.arange(shape.images, dtype=np.int64), shape.rows // shape.images)
         b, n, c, r = shape.images, shape.tokens, spec.large.token_channels, shape.rows
@@ -140,7 +139,6 @@ class Workspace:
         self._write("starvation", np.float32(mask.starvation))
         self._write("threshold", np.float32(mask.threshold or 0.0))
         self.seconds.clear()
-        self.calls.clear()
 
     def begin_step(self, t: int) -> None:
         self._write("timestep", self.table.timesteps[t])
@@ -182,7 +180,14 @@ class Workspace:
 
     def correct(self) -> None:
         """velocity = base + D, where the small model is alone."""
-        self._glue("correct", base="base", difference="difference", decay="correction", velocity="velocity", next_difference="next_difference")
+        self._glue(
+            "correct",
+            base="base",
+            difference="difference",
+            decay="correction",
+            velocity="velocity",
+            next_difference="next_difference",
+        )
         self._copy("next_difference", "difference")
 
     def use_base(self) -> None:
@@ -339,7 +344,6 @@ class Workspace:
         start = time.perf_counter()
         call.execute()
         self.seconds[name] += time.perf_counter() - start
-        self.calls[name] += 1
 
     def _buffer(self, binding: _Binding) -> Any:
         if isinstance(binding, str):

@@ -185,9 +185,7 @@ def assert_vae_agrees(model: Any, folder: Path, batch: int, rows: int, columns: 
 # -- CLIP ----------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("end", [2, END])
-def test_clip_gives_the_penultimate_states_and_the_embedding_of_transformers(
-    tmp_path: Path, hidden_act: str, end: int
-) -> None:
+def test_clip_gives_the_penultimate_states_and_the_embedding_of_transformers(tmp_path: Path, hidden_act: str, end: int) -> None:
     model = save_clip(tmp_path, hidden_act=hidden_act, eos_token_id=end)
     for count in (1, 3):
         assert_clip_agrees(model, tmp_path, prompts(count))

@@ -7,46 +7,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from hst_trt.export.check import glue_sample
 from hst_trt.export.glue import glue_graphs, join_text_graph
 from hst_trt.models.glue import REFERENCE
-
-
-def sample_inputs(name: str, batch: int, h: int, w: int, active: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    n, c = h * w, 8
-    tokens = lambda m=n, b=batch: rng.standard_normal((b, m, c)).astype(np.float32)
-    grid = lambda: np.abs(rng.standard_normal((batch, h, w))).astype(np.float32)
-    number = lambda: rng.uniform(0.1, 0.9, 1).astype(np.float32)
-    orders = lambda: np.stack([rng.permutation(n) for _ in range(batch)])
-    chosen = np.ascontiguousarray(orders()[:, :active])
-    match name:
-        case "pack":
-            rows = np.tile(np.arange(batch), 2)
-            return dict(latents=tokens(), token_ids=chosen, row_index=rows, pos_table=rng.permutation(3 * n)[:n])
-        case "guide":
-            return dict(row_velocity=tokens(b=2 * batch), guidance_scale=number() * 9)
-        case "blend":
-            return dict(base=tokens(), refined=tokens(active), active=chosen, difference=tokens(), decay=number())
-        case "correct":
-            return dict(base=tokens(), difference=tokens(), decay=number())
-        case "score":
-            numbers = dict(decay=number(), drift=number(), starvation=number())
-            age = np.floor(grid() * 4)
-            return dict(
-                difference=tokens(), active=chosen, base=tokens(), last_base=tokens(), scores=grid(), age=age, **numbers
-            )
-        case "rank":
-            return dict(priority=np.round(grid(), 1))  # rounded: many ties
-        case "select":
-            return dict(ranks=orders(), order=orders(), slots=np.arange(active))
-        case "count":
-            return dict(priority=grid(), ranks=orders(), threshold=number())
-        case "change":
-            return dict(velocity=tokens(), last_velocity=tokens())
-        case "euler":
-            return dict(latents=tokens(), velocity=tokens(), delta_sigma=-number())
-        case "finite":
-            return dict(latents=tokens())
-    raise AssertionError(name)
 
 
 def run(name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -58,7 +21,7 @@ def run(name: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", [name for name in REFERENCE if name != "join_text"])
 @pytest.mark.parametrize(("batch", "h", "w", "active"), [(1, 4, 6, 8), (3, 5, 3, 15), (2, 8, 8, 16)])
 def test_each_glue_graph_equals_its_torch_formula(name: str, batch: int, h: int, w: int, active: int) -> None:
-    feeds = sample_inputs(name, batch, h, w, active, np.random.default_rng(7))
+    feeds = glue_sample(name, batch, h, w, active, np.random.default_rng(7))
     expected = REFERENCE[name](**{key: torch.from_numpy(np.asarray(value)) for key, value in feeds.items()})
     actual = run(name, feeds)
     assert actual.keys() == expected.keys()

@@ -23,7 +23,14 @@ def glue_graphs() -> dict[str, GraphBuilder]:
     return {make.__name__.removeprefix("_"): make(GraphBuilder(make.__name__.removeprefix("_"))) for make in _MAKERS}
 
 
-def join_text_graph(clip_widths: tuple[int, int], pooled_widths: tuple[int, int], text_width: int, clip_length: int, t5_length: int, has_t5: bool) -> GraphBuilder:
+def join_text_graph(
+    clip_widths: tuple[int, int],
+    pooled_widths: tuple[int, int],
+    text_width: int,
+    clip_length: int,
+    t5_length: int,
+    has_t5: bool,
+) -> GraphBuilder:
     """Joins the text encoders' outputs; without a third encoder its tokens are zeros, as in diffusers."""
     g = GraphBuilder("join_text")
     index = g.input("prompt_index", "int64", ["R"])
@@ -41,7 +48,10 @@ def join_text_graph(clip_widths: tuple[int, int], pooled_widths: tuple[int, int]
         t5 = g.op("Expand", g.scalar(0.0), shape)
     joined = g.op("Concat", clip, t5, axis=1)
     g.output(
-        g.op("Gather", joined, index, axis=0), "encoder_hidden_states", "float32", ["R", clip_length + t5_length, text_width]
+        g.op("Gather", joined, index, axis=0),
+        "encoder_hidden_states",
+        "float32",
+        ["R", clip_length + t5_length, text_width],
     )
     g.output(
         g.op("Gather", g.op("Concat", *pooled, axis=-1), index, axis=0),
@@ -67,7 +77,8 @@ def _pack(g: GraphBuilder) -> GraphBuilder:
 def _guide(g: GraphBuilder) -> GraphBuilder:
     velocity = g.input("row_velocity", "float32", ["R", "M", "C"])
     scale = g.input("guidance_scale", "float32", [1])
-    unconditional, conditional = g.op("Split", velocity, outputs=2, axis=0, num_outputs=2)
+    halves: list[str] = g.op("Split", velocity, outputs=2, axis=0, num_outputs=2)
+    unconditional, conditional = halves
     guided = g.op("Add", unconditional, g.op("Mul", scale, g.op("Sub", conditional, unconditional)))
     g.output(guided, "velocity", "float32", ["B", "M", "C"])
     return g
@@ -105,7 +116,8 @@ def _score(g: GraphBuilder) -> GraphBuilder:
     last_base = g.input("last_base", "float32", _TOKENS)
     scores = g.input("scores", "float32", _GRID)
     age = g.input("age", "float32", _GRID)
-    decay, drift, starvation = (g.input(name, "float32", [1]) for name in ("decay", "drift", "starvation"))
+    decay, drift = g.input("decay", "float32", [1]), g.input("drift", "float32", [1])
+    starvation = g.input("starvation", "float32", [1])
     grid = g.op("Shape", scores)
 
     def token_mean(value: str) -> str:
@@ -122,7 +134,11 @@ def _score(g: GraphBuilder) -> GraphBuilder:
     next_scores = g.op("Where", chosen, on_grid(token_mean(difference)), carried)
     next_age = g.op("Where", chosen, g.scalar(0.0), g.op("Add", age, g.scalar(1.0)))
     pooled = g.op(
-        "AveragePool", g.op("Unsqueeze", next_scores, g.ints(1)), kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=0
+        "AveragePool",
+        g.op("Unsqueeze", next_scores, g.ints(1)),
+        kernel_shape=[3, 3],
+        pads=[1, 1, 1, 1],
+        count_include_pad=0,
     )
     smooth = g.op("Squeeze", pooled, g.ints(1))
     gain = g.op("Mul", starvation, g.op("ReduceMean", smooth, g.ints(1, 2), keepdims=1))

@@ -90,9 +90,9 @@ class GraphBuilder:
         self._scope = f"{name}." if name else ""
 
     @overload
-    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str: ...
-    @overload
     def op(self, op_type: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]: ...
+    @overload
+    def op(self, op_type: str, *inputs: str, outputs: None = None, **attributes: Any) -> str: ...
     def op(self, op_type: str, *inputs: str, outputs: int | None = None, **attributes: Any) -> str | list[str]:
         """Adds a node and returns its output, or the list of them where `outputs` asks for a number.
 
@@ -179,9 +179,7 @@ class GraphBuilder:
     # -- the result --------------------------------------------------------------------------------------------------
     def build(self) -> onnx.ModelProto:
         """The finished model; external data is referred to by bare file name, so it must stand beside the graph."""
-        graph = helper.make_graph(
-            self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
-        )
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values()))
         return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],

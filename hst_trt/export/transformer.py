@@ -164,9 +164,7 @@ class _Builder:
         image_qkv = self._qkv(self._scale_shift(normed, m[1], m[0]), stem + "attn.", "to_q", "to_k", "to_v", "norm_q", "norm_k")
         # The last block's text norm has (scale, shift), all others start with (shift, scale), as in diffusers.
         text_in = self._modulate(context, c[0], c[1]) if last else self._modulate(context, c[1], c[0])
-        text_qkv = self._qkv(
-            text_in, stem + "attn.", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
-        )
+        text_qkv = self._qkv(text_in, stem + "attn.", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
         keys = self._update_cache(slot, "k", g.op("Concat", text_qkv[1], image_qkv[1], axis=2), self.text_length)
         values = self._update_cache(slot, "v", g.op("Concat", text_qkv[2], image_qkv[2], axis=2), self.text_length)
         if last:

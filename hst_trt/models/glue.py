@@ -8,6 +8,8 @@ Each function takes and returns tensors by the names that the graph's inputs and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,7 +150,7 @@ def finite(latents: Tensor) -> dict[str, Tensor]:
     return {"finite": latents.isfinite().all().to(torch.int32)[None]}
 
 
-REFERENCE = {
+REFERENCE: dict[str, Callable[..., dict[str, Tensor]]] = {
     "join_text": join_text,
     "pack": pack,
     "guide": guide,

@@ -7,6 +7,7 @@ own: every product is one of the wrapped `SD3Transformer2DModel`'s modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,14 @@ class TokenTransformer(nn.Module):
 
     @property
     def input_names(self) -> Sequence[str]:
-        return ["hidden_tokens", "pos_ids", "timestep", "encoder_hidden_states", "pooled_projections", *self.cache_names]
+        return [
+            "hidden_tokens",
+            "pos_ids",
+            "timestep",
+            "encoder_hidden_states",
+            "pooled_projections",
+            *self.cache_names,
+        ]
 
     @property
     def output_names(self) -> Sequence[str]:
@@ -90,7 +98,7 @@ class TokenTransformer(nn.Module):
         return {"velocity": velocity, **{past_to_present(name): past[name] for name in self.cache_names}}
 
     def _block(
-        self, index: int, block: nn.Module, x: Tensor, context: Tensor, condition: Tensor, past: dict[str, Tensor]
+        self, index: int, block: Any, x: Tensor, context: Tensor, condition: Tensor, past: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         text = context.shape[1]
         normed, gate, shift_ff, scale_ff, gate_ff, *second = block.norm1(x, emb=condition)
@@ -99,7 +107,11 @@ class TokenTransformer(nn.Module):
         else:
             text_normed, *text_modulation = block.norm1_context(context, emb=condition)
         attn = block.attn
-        q, k, v = self._heads(normed, attn.to_q, attn.norm_q), self._heads(normed, attn.to_k, attn.norm_k), self._heads(normed, attn.to_v)
+        q, k, v = (
+            self._heads(normed, attn.to_q, attn.norm_q),
+            self._heads(normed, attn.to_k, attn.norm_k),
+            self._heads(normed, attn.to_v),
+        )
         text_q = self._heads(text_normed, attn.add_q_proj, attn.norm_added_q)
         text_k = self._heads(text_normed, attn.add_k_proj, attn.norm_added_k)
         text_v = self._heads(text_normed, attn.add_v_proj)
@@ -123,7 +135,7 @@ class TokenTransformer(nn.Module):
             context = context + gate_ff[:, None] * block.ff_context(text_in)
         return x, context
 
-    def _heads(self, x: Tensor, project: nn.Module, norm: nn.Module | None = None) -> Tensor:
+    def _heads(self, x: Tensor, project: Any, norm: Any = None) -> Tensor:
         y = project(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         return y if norm is None else norm(y)
 

@@ -40,6 +40,11 @@ class Engine(Protocol):
     def input_names(self) -> Sequence[str]: ...
     @property
     def output_names(self) -> Sequence[str]: ...
+    @property
+    def output_widths(self) -> Mapping[str, int]:
+        """The length of each output's last axis, where it is static."""
+        ...
+
     def prepare(self, bindings: Mapping[str, Any]) -> PreparedCall:
         """Binds every input and output to a `Buffer`; shapes are theirs.
 
@@ -66,7 +71,9 @@ class Backend(Protocol):
         ...
 
     def copy(self, source: Any, target: Any) -> None: ...
-    def move_rows(self, caches: Sequence[Any], partner: Any, row_index: np.ndarray, first: int, text_rows: Sequence[int]) -> None:
+    def move_rows(
+        self, caches: Sequence[Any], partner: Any, row_index: np.ndarray, first: int, text_rows: Sequence[int]
+    ) -> None:
         """The one-way row move of a mask change, in place.
 
         Args:

@@ -64,6 +64,7 @@ class OnnxEngine:
         self._session = session
         self.input_names = tuple(node.name for node in session.get_inputs())
         self.output_names = tuple(node.name for node in session.get_outputs())
+        self.output_widths = {node.name: node.shape[-1] for node in session.get_outputs() if isinstance(node.shape[-1], int)}
 
     def prepare(self, bindings: Mapping[str, HostBuffer]) -> _BoundCall:
         missing = [name for name in (*self.input_names, *self.output_names) if name not in bindings]

@@ -7,7 +7,7 @@ from the caller, so nothing here imports diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class TorchEngine:
     function: TorchFunction
     input_names: Sequence[str]
     output_names: Sequence[str]
+    output_widths: Mapping[str, int] = field(default_factory=dict)
 
     def prepare(self, bindings: Mapping[str, Tensor]) -> _TorchCall:
         inputs = {name: bindings[name] for name in self.input_names}

@@ -1,0 +1,47 @@
+# One command per chore, the same here and in CI. Everything goes into .venv; nothing outside the checkout is touched.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROMPT ?= a red apple on a blue background
+
+.PHONY: help setup demo test test-all lint format demo-graphs bench clean
+
+help:  ## Say what there is to make.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY)  ## Make the environment: this checkout, with all it takes to export and test.
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup  ## Export the demo pair's graphs, build its bundle, draw a picture and print its path.
+	$(BIN)/hst-trt export --gpu cpu --pair demo
+	$(BIN)/hst-trt build --gpu cpu --pair demo
+	$(BIN)/hst-trt run --bundle demo-cpu --prompt "$(PROMPT)" --seed 7
+
+test: setup lint  ## Everything that CI runs; at most 12 minutes on two cores.
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: setup lint  ## test, and what takes longer; the result is kept in docs/test-all.txt.
+	scripts/test-all $(BIN)
+
+lint: setup  ## Style and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup  ## Put the code into shape.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
+	$(BIN)/python scripts/ship_demo_graphs.py
+
+bench: setup  ## Time calls and whole runs, and check them against the cost model.
+	$(BIN)/python benchmarks/cost_model.py
+
+clean:  ## Remove what was made, but not the environment.
+	rm -rf build/out dist engines/*.hstb engines/.*.hstb.* outputs

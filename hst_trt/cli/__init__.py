@@ -1,0 +1,1 @@
+"""The command line: thin pages over the library, one file a command."""

@@ -1,0 +1,122 @@
+"""Recipes (what to build) and targets (what to build it for): TOML files under ``build/``; a copy ships in the wheel."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import MissingError, RequestError
+
+__all__ = ["Defaults", "Limits", "ModelSource", "Recipe", "Target", "load_recipe", "load_target", "target_names"]
+
+PACKAGE_PREFIX = "package:"
+
+
+class _Table(BaseModel):
+    """Frozen, and strict about unknown keys: a misspelt key must not be ignored in silence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(_Table):
+    """Where a model is: a local directory, a hub id, or ``package:NAME`` for data that ships with this package."""
+
+    source: str
+    revision: str | None = None
+    component: str = "transformer"
+
+
+class Limits(_Table):
+    max_side: int = Field(gt=0)  # pixels
+    max_images: int = Field(gt=0)
+
+
+class Defaults(_Table):
+    num_inference_steps: int = Field(gt=0)
+    guidance_scale: float = Field(ge=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+
+
+class Recipe(_Table):
+    """A pair of models. Everything but the small transformer comes from the large model's directory."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    large: ModelSource
+    small: ModelSource
+    t5: bool = True
+    max_sequence_length: int = Field(gt=0, le=512)
+    limits: Limits
+    defaults: Defaults
+
+
+class Target(_Table):
+    """A kind of machine."""
+
+    name: str
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    precision: Literal["float32", "float16", "bfloat16"]
+    default_recipe: str
+    sms: tuple[int, ...] = ()
+
+
+_Model = TypeVar("_Model", bound=_Table)
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or by the path of a TOML file.
+
+    A relative local directory in a recipe file is taken from the file's own folder.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        return _load(_folder("recipes") / f"{name}.toml", Recipe, "recipe", _names("recipes"))
+    recipe = _load(path, Recipe, "recipe", _names("recipes"))
+    beside = {
+        role: model.model_copy(update={"source": str((path.parent / model.source).resolve())})
+        for role in ("large", "small")
+        if (path.parent / (model := getattr(recipe, role)).source).is_dir()
+    }
+    return recipe.model_copy(update=beside)
+
+
+def load_target(name: str) -> Target:
+    return _load(_folder("targets") / f"{name}.toml", Target, "target", target_names())
+
+
+def target_names() -> list[str]:
+    return _names("targets")
+
+
+def _folder(kind: str) -> Path:
+    """The wheel carries a copy of ``build/``; an editable install reads the checkout's own."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "data" / "build" / kind
+    return packaged if packaged.is_dir() else here.parent / "build" / kind
+
+
+def _names(kind: str) -> list[str]:
+    return sorted(path.stem for path in _folder(kind).glob("*.toml"))
+
+
+def _load(path: Path, model: type[_Model], what: str, names: list[str]) -> _Model:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise MissingError(
+            f"there is no {what} {path.name!r}",
+            found=f"the {what}s {', '.join(names)}",
+            fix=f"use one of them, or give the path of a {what} file that ends in .toml",
+        ) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise RequestError(f"{path} is not valid TOML", found=str(exc)) from exc
+    try:
+        return model.model_validate(table)
+    except ValidationError as exc:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+        raise RequestError(
+            f"{path} is not a valid {what}", found=problems, fix="compare it with the ones under build/"
+        ) from exc
