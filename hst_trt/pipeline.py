@@ -101,6 +101,10 @@ class HybridStitchPipeline:
         """
         return plan_request(self.bundle, **arguments)[0]
 
+    def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Token rows and columns of an image size in pixels, refused if the bundle cannot draw it."""
+        return _grid(self.bundle, height, width)
+
     def costs(self, plan: StitchPlan) -> CallCosts:
         return _costs(self.spec, plan)
 
@@ -201,7 +205,7 @@ class HybridStitchPipeline:
             schedule=schedule, num_inference_steps=num_inference_steps, height=height, width=width, stages=stages,
             mask=mask, refresh_every=refresh_every, correction=correction, adaptive=adaptive,
         )  # fmt: skip
-        h, w = _grid(self.bundle, height, width)
+        h, w = self.grid(height, width)
         guided = scale > 1
         seeds, noise = self._noise(seed, generator, latents, images, h, w)
 

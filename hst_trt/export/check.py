@@ -174,7 +174,7 @@ def check_vae(folder: Path, config: dict[str, Any], patch: int) -> float:
 
     from ..models.sd3 import patchify
 
-    model = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = VaeImageProcessor()
     worst = 0.0
     with (

@@ -151,7 +151,7 @@ class PairExporter:
 
     # -- parts -------------------------------------------------------------------------------------------------------
     def _part(self, name: str, inputs: Any, make: Callable[[Path], tuple[list[Path], dict[str, Any]]]) -> _Part:
-        content = {"from": inputs, "exporter": _own_hash(), "precision": self.target.precision}
+        content = {"from": inputs, "exporter": _own_hash(), "precision": self.target.precision, "cache": self._cache_rows}
         return _Part(name, hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest(), make)
 
     def _graph_part(
@@ -190,9 +190,19 @@ class PairExporter:
         return self._graph_part(
             name,
             folder,
-            lambda config, weights: transformer_graph(config, weights, self.target.precision, cached=cached),
+            lambda config, weights: transformer_graph(
+                config, weights, self.target.precision, cached=cached, cache_rows=self._cache_rows
+            ),
             lambda where, config: check_transformer(where, config, cached=cached),
         )
+
+    @property
+    def _cache_rows(self) -> tuple[int, int] | None:
+        """TensorRT's KV-cache layer wants a cache of static length: long enough for the largest image of the recipe."""
+        if self.target.backend == "onnxruntime":
+            return None
+        side = self.recipe.limits.max_side // (self.vae_scale * self.configs[LARGE]["patch_size"])
+        return self._clip_length + self.recipe.max_sequence_length, side * side
 
     def _text_encoder(self, name: str, folder: Path) -> _Part:
         if name == "text_encoder_3":

@@ -33,7 +33,7 @@ def transformer_graph(
     precision: Precision = "float32",
     *,
     cached: bool,
-    cache_rows: int | None = None,
+    cache_rows: tuple[int, int] | None = None,
     layers: Sequence[int] | None = None,
 ) -> GraphBuilder:
     """Builds the graph of a `SD3Transformer2DModel`.
@@ -44,8 +44,8 @@ def transformer_graph(
         precision: what the graph computes in; loop state (tokens, velocity, text) is float32 at its boundary, the
             cache is in `precision`.
         cached: whether the graph reads and writes a K/V cache (the large model) or not (the small one).
-        cache_rows: None makes the cache exactly ``T+N`` rows long, a symbolic axis. A number makes it that many image
-            rows (plus T) long, a static axis as TensorRT's KV-cache layer demands; only the first ``T+N`` rows are
+        cache_rows: None makes the cache exactly ``T+N`` rows long, a symbolic axis. A pair (text rows, most image rows)
+            makes it that long, a static axis as TensorRT's KV-cache layer demands; only the first ``T+N`` rows are
             attended to, and the shape of the extra input ``token_slots`` [N] tells N.
         layers: build only these blocks (a *twin* for numeric checks), the last of the model always being the last.
 
@@ -66,7 +66,7 @@ class _Builder:
         weights: WeightStore,
         precision: Precision,
         cached: bool,
-        cache_rows: int | None,
+        cache_rows: tuple[int, int] | None,
         layers: Sequence[int] | None,
     ) -> None:
         self.g = GraphBuilder("transformer", weights, precision)
@@ -239,7 +239,9 @@ class _Builder:
             joint = index < len(self.layers)
             for kind in ("k", "v"):
                 name = f"past_{kind}_{index}"
-                rows: Dim = ("T+N" if joint else "N") if self.cache_rows is None else self.cache_rows
+                rows: Dim = "T+N" if joint else "N"
+                if self.cache_rows is not None:
+                    rows = sum(self.cache_rows) if joint else self.cache_rows[1]
                 shape: list[Dim] = ["B", self.heads, rows, self.head_dim]
                 self.g.input(name, self.g.precision, shape)
                 self.cache.append((name, shape))

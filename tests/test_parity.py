@@ -1,0 +1,156 @@
+"""Pictures against diffusers' own StableDiffusion3Pipeline on the same directory, and the pieces that make them equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import AutoTokenizer
+
+import hst_trt
+from hst_trt.noise import start_noise, torch_randn
+from hst_trt.pipeline import HybridStitchPipeline
+from hst_trt.schedule import FlowMatchEuler
+from hst_trt.tokenizer import PromptTokenizer
+
+PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
+
+
+@pytest.fixture(scope="module")
+def reference() -> StableDiffusion3Pipeline:
+    pipe = StableDiffusion3Pipeline.from_pretrained(PAIR, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def transformers() -> dict[str, SD3Transformer2DModel]:
+    return {
+        name: SD3Transformer2DModel.from_pretrained(PAIR, subfolder=folder, dtype=torch.float32)
+        for name, folder in (("large", "transformer"), ("small", "transformer_small"))
+    }
+
+
+@pytest.fixture(scope="module")
+def pipeline(demo_bundle: Path) -> HybridStitchPipeline:
+    return HybridStitchPipeline.from_bundle(demo_bundle)
+
+
+@pytest.mark.parametrize("schedule", ["large", "small"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        dict(prompt="a red apple on a blue background", num_inference_steps=20, guidance_scale=3.0, seed=7),
+        dict(prompt="a castle in the night sky", num_inference_steps=7, height=96, width=160, guidance_scale=4.5, seed=1),
+        dict(prompt="two cats, zażółć 🦊", num_inference_steps=5, guidance_scale=1.0, seed=3),  # unguided, odd characters
+        dict(
+            prompt=["a dog", "a big pizza at sea"], negative_prompt="blue", num_inference_steps=9, height=128, width=80,
+            guidance_scale=2.5, seed=11,
+        ),
+        dict(prompt="a penguin", negative_prompt="grass, sea", num_images_per_prompt=2, num_inference_steps=1, seed=[5, 6]),
+        dict(prompt="a house " * 20, num_inference_steps=3, seed=2),  # truncated by both
+    ],
+    ids=["square", "wide", "unguided", "batch", "two-images", "too-long"],
+)  # fmt: skip
+def test_single_model_schedules_draw_diffusers_pictures(reference, transformers, pipeline, schedule, request_) -> None:
+    arguments = dict(request_)
+    seed = arguments.pop("seed")
+    reference.transformer = transformers[schedule]
+    generators = [torch.Generator().manual_seed(s) for s in seed] if isinstance(seed, list) else None
+    defaults = dict(height=128, width=128, guidance_scale=3.0, max_sequence_length=16)
+    expected = reference(**(defaults | arguments), generator=generators or torch.Generator().manual_seed(seed)).images
+    images = pipeline(**arguments, seed=seed, schedule=schedule).images
+    assert len(images) == len(expected)
+    for image, other in zip(images, expected, strict=True):
+        difference = np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int))
+        assert image.size == other.size
+        assert difference.max() <= 1, f"{difference.max()}/255"
+        assert np.asarray(other).std() > 5, "a flat picture would prove nothing"
+
+
+def test_a_torch_generator_and_given_latents_start_from_the_same_noise_as_a_seed(pipeline) -> None:
+    draw = lambda **start: np.asarray(pipeline("a cat", num_inference_steps=2, **start).images[0]).astype(int)
+    by_seed = draw(seed=4)
+    assert np.abs(draw(generator=torch.Generator().manual_seed(4)) - by_seed).max() <= 1
+    np.testing.assert_array_equal(draw(latents=start_noise(4, (1, 16, 16, 16))), by_seed)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32 + 5, 2**63 - 1])
+@pytest.mark.parametrize("shape", [(1, 16, 16, 16), (2, 3, 5, 7), (1, 16, 40, 24), (17,)])
+def test_start_noise_is_torchs(seed: int, shape: tuple[int, ...]) -> None:
+    expected = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
+    np.testing.assert_allclose(torch_randn(seed, shape), expected, rtol=0, atol=6e-7)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 28, 50, 1000])
+def test_steps_are_those_of_diffusers_scheduler(shift: float, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    table = FlowMatchEuler(shift).table(steps)
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+    np.testing.assert_array_equal(table.sigmas, scheduler.sigmas.numpy())
+    assert len(table.delta_sigmas) == steps
+    assert (table.delta_sigmas < 0).all()
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_token_ids_are_those_of_transformers(pipeline, name: str) -> None:
+    entry = pipeline.bundle.manifest.tokenizers[int(name[-1]) - 1 if name[-1].isdigit() else 0]
+    ours = PromptTokenizer(pipeline.bundle.path / entry.path, entry.length, entry.pad_id)
+    theirs = AutoTokenizer.from_pretrained(PAIR / name)
+    rng = np.random.default_rng(0)
+    alphabet = list("abc XYZ,.!?'\"-_0123 äßñçéñ 汉字 🦊🎉 \t\n<|>") + ["<|endoftext|>", "</s>", "castle", "apple"]
+    prompts = ["", " ", "a red apple on a blue background", "A  CASTLE\n in\tthe night sky", "x" * 500]
+    prompts += ["".join(rng.choice(alphabet, rng.integers(1, 40))) for _ in range(300)]
+    expected = theirs(prompts, padding="max_length", max_length=entry.length, truncation=True).input_ids
+    np.testing.assert_array_equal(ours(prompts), expected)
+
+
+def test_np_and_latent_outputs_belong_to_the_same_picture(pipeline) -> None:
+    pixels, array, latents = (
+        pipeline("a fox", num_inference_steps=3, seed=1, height=80, width=112, output_type=kind).images
+        for kind in ("pil", "np", "latent")
+    )
+    np.testing.assert_allclose(np.asarray(pixels[0]) / 255, array[0], atol=1e-6)
+    assert latents.shape == (1, 16, 10, 14)
+    assert np.isfinite(latents).all()
+
+
+def test_callbacks_see_latents_and_may_replace_them_and_stop_the_loop(pipeline) -> None:
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, timestep, tensors["latents"].shape))
+        if step == 2:
+            pipe._interrupt = True
+        return {"latents": np.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    output = pipeline("a fox", num_inference_steps=6, seed=1, callback_on_step_end=callback, output_type="latent")
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert [timestep for _, timestep, _ in seen] == list(pipeline.scheduler.table(6).timesteps[:3])
+    assert seen[0][2] == (1, 16, 16, 16)
+    assert (output.images == 0).all()
+
+
+def test_every_schedule_draws_and_reports_what_it_computed(pipeline) -> None:
+    for schedule in ("hybrid", "large", "small", "t-stitch", "srdiffusion", "ras"):
+        output = pipeline("a fox", num_inference_steps=10, seed=1, schedule=schedule, keep_masks=True)
+        stats = output.stats
+        assert stats.large_tokens == sum(output.plan.tokens_of(step) for step in output.plan.steps)
+        assert sum(stage.steps for stage in stats.stages.values()) == 10
+        assert bool(output.masks) == (schedule in ("hybrid", "ras"))
+        for t, mask in output.masks.items():
+            assert mask.sum() == output.plan.steps[t].large_tokens
+
+
+def test_images_of_one_batch_equal_those_drawn_alone(pipeline) -> None:
+    together = pipeline(["a dog", "a castle at sea"], num_inference_steps=8, seed=[3, 4], keep_masks=True)
+    for image, (prompt, seed) in enumerate((("a dog", 3), ("a castle at sea", 4))):
+        masks = {t: mask[image : image + 1] for t, mask in together.masks.items()}
+        alone = pipeline(prompt, num_inference_steps=8, seed=[seed], replay_masks=masks)
+        difference = np.abs(np.asarray(alone.images[0]).astype(int) - np.asarray(together.images[image]).astype(int))
+        assert difference.max() <= 1
