@@ -40,8 +40,10 @@ format: setup  ## Put the code into shape.
 demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
 	$(BIN)/python scripts/ship_demo_graphs.py
 
-bench: setup  ## Time calls and whole runs, and check them against the cost model.
+bench: setup  ## Time calls, whole runs and start-up, beside the cost model.
+	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/python benchmarks/startup.py --bundle demo-cpu
 
 clean:  ## Remove what was made, but not the environment.
 	rm -rf build/out dist engines/*.hstb engines/.*.hstb.* outputs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -179,27 +179,26 @@ def bench_runs(
         costs: call costs, for the predicted speed-up.
         request: size, guidance and the like, the same for all.
     """
-    records: dict[str, list[Any]] = {name: [] for name in plans}
+    records: dict[str, list[tuple[float, float, float]]] = {name: [] for name in plans}
 
     def draw(name: str) -> Callable[[], float]:
         def run() -> float:
             start = time.perf_counter()
             stats = pipeline("a red apple on a blue background", seed=7, **plans[name], **request).stats
             wall = time.perf_counter() - start
-            outside = stats.overhead * stats.seconds["denoise"]
-            records[name].append((stats.seconds["denoise"], outside / wall))
+            loop = stats.seconds["denoise"]
+            records[name].append((loop, stats.overhead * loop / wall, replace(stats, costs=costs).cost))
             return wall
 
         return run
 
     total = _interleaved({name: draw(name) for name in plans}, rounds, warmup)
-    size = {key: request[key] for key in ("height", "width") if key in request}
-    made = {name: pipeline.plan(**arguments, **size) for name, arguments in plans.items()}
+    counted = {name: rows[warmup:] for name, rows in records.items()}
     return RunBench(
-        loop={name: Sample(tuple(loop for loop, _ in rows[warmup:])) for name, rows in records.items()},
+        loop={name: Sample(tuple(loop for loop, _, _ in rows)) for name, rows in counted.items()},
         total=total,
-        overhead={name: Sample(tuple(share for _, share in rows[warmup:])) for name, rows in records.items()},
-        predicted={name: made["large"].cost(costs) / plan.cost(costs) for name, plan in made.items()},
+        overhead={name: Sample(tuple(share for _, share, _ in rows)) for name, rows in counted.items()},
+        predicted={name: counted["large"][0][2] / rows[0][2] for name, rows in counted.items()},
     )
 
 

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .errors import IncompatibleError, IntegrityError, MissingError, ResourceError
+from .errors import IncompatibleError, IntegrityError, MissingError, RequestError, ResourceError
 from .recipe import Defaults, Limits
 from .schedule import FlowMatchEuler
 from .spec import PairSpec, TransformerSpec
@@ -40,6 +40,7 @@ __all__ = [
     "bundles_folder",
     "hash_file",
     "newest_bundle",
+    "recover",
 ]
 
 SCHEMA_VERSION = 1
@@ -47,6 +48,7 @@ SUFFIX = ".hstb"
 MANIFEST = "manifest.json"
 _CHUNK = 4 * 2**20
 _LINK_FROM = 256 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Entry(BaseModel):
@@ -71,7 +73,7 @@ class GraphEntry(_Entry):
     weights: tuple[str, ...] = ()  # files it refers to
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
-    worst_error: float | None = None  # relative, graph against torch, at export
+    worst_error: float | None = None  # graph against torch at export: relative, or for the VAE in 1/255 of a pixel
 
 
 class ModelEntry(_Entry):
@@ -99,7 +101,7 @@ class TargetEntry(_Entry):
 class Manifest(_Entry):
     """``manifest.json``."""
 
-    schema_version: int
+    schema_version: int = Field(strict=True, ge=1)
     name: str
     created_by: str
     created: str  # ISO 8601, UTC
@@ -109,7 +111,7 @@ class Manifest(_Entry):
     models: dict[str, ModelEntry]
     vae_scale: int = Field(gt=0)
     t5_length: int = Field(ge=0)
-    tokenizers: tuple[TokenizerEntry, ...]
+    tokenizers: tuple[TokenizerEntry, ...] = Field(min_length=1)
     scheduler: str
     graphs: dict[str, GraphEntry]
     defaults: Defaults
@@ -118,7 +120,6 @@ class Manifest(_Entry):
     files: dict[str, FileEntry]
     inputs: dict[str, str]  # for each part, a hash of what it was made from: equal inputs need no new build
     fingerprint: str  # over everything that decides the content: hashes of all files, and the target
-    costs: dict[str, float] = Field(default_factory=dict)  # measured seconds of a call, if any were saved
 
 
 class Bundle:
@@ -153,9 +154,16 @@ class Bundle:
         for name in manifest.files:
             _contained(folder, name)
         _check_references(folder, manifest)
+        bundle = cls(folder, manifest)
+        try:
+            _ = bundle.spec
+        except (KeyError, TypeError) as exc:
+            raise IntegrityError(
+                f"{folder} does not describe its models", found=f"no {exc}", fix="run `hst-trt build --force` again"
+            ) from exc
         if check_hashes:
             verify_files(folder, manifest.files, progress)
-        return cls(folder, manifest)
+        return bundle
 
     @property
     def spec(self) -> PairSpec:
@@ -169,7 +177,6 @@ class Bundle:
             vae_scale=self.manifest.vae_scale,
             clip_length=self.manifest.tokenizers[0].length,
             t5_length=self.manifest.t5_length,
-            sample_side=self.manifest.defaults.height,
         )
 
     @property
@@ -190,9 +197,9 @@ def _read_manifest(folder: Path) -> Manifest:
         raise IntegrityError(
             f"{folder} is not a complete bundle: it has no {MANIFEST}",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
-            fix="delete it and run `hst-trt build` again",
+            fix="give the folder of a bundle, or run `hst-trt build` to make one",
         ) from None
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise IntegrityError(f"{file} cannot be read", found=str(exc), fix="run `hst-trt build` again") from exc
     version = table.get("schema_version") if isinstance(table, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -225,9 +232,11 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
         named |= {graph.path, *graph.weights}
     unlisted = sorted(named - manifest.files.keys())
     if unlisted:
-        raise IntegrityError(f"{folder} uses files that its manifest does not list", found=", ".join(unlisted[:4]))
-    if not {"large", "small"} <= manifest.models.keys():
-        raise IntegrityError(f"{folder} does not describe both models", found=", ".join(manifest.models))
+        raise IntegrityError(
+            f"{folder} uses files that its manifest does not list",
+            found=", ".join(unlisted[:4]),
+            fix="run `hst-trt build --force` again",
+        )
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -273,6 +282,17 @@ def verify_files(folder: Path, files: dict[str, FileEntry], progress: Callable[[
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
+class _FinishedPart(_Entry):
+    """What the journal says of a part."""
+
+    inputs: str
+    files: dict[str, FileEntry]
+    result: dict[str, Any]
+
+
+_JOURNAL = TypeAdapter(dict[str, _FinishedPart])
+
+
 class Staging:
     """The folder in which a bundle grows, with a journal of the parts that are finished.
 
@@ -284,7 +304,7 @@ class Staging:
         self.final = final
         self.path = final.parent / f".{final.name}.building"
         self._journal = self.path / "journal.json"
-        self._parts: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, _FinishedPart] = {}
 
     @classmethod
     @contextmanager
@@ -292,26 +312,19 @@ class Staging:
         """Locks the bundle and opens its staging folder, resuming an earlier one.
 
         Raises:
+            RequestError: the folder cannot be written.
             ResourceError: another build of this bundle is running, or the disk is full.
         """
         staging = cls(final)
-        with translated_disk_errors(final.parent):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with (final.parent / f".{final.name}.lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as exc:
-                    raise ResourceError(
-                        f"another build of {final} is running", fix="wait for it, or build under another --output"
-                    ) from exc
-                _recover(final)
-                staging.path.mkdir(exist_ok=True)
-                staging._load()
-                yield staging
+        with translated_disk_errors(final.parent), _locked(final):
+            _recover(final)
+            staging.path.mkdir(exist_ok=True)
+            staging._load()
+            yield staging
 
     def _load(self) -> None:
         try:
-            self._parts = json.loads(self._journal.read_text())
+            self._parts = _JOURNAL.validate_json(self._journal.read_bytes())
         except (OSError, ValueError):
             self._parts = {}
 
@@ -324,31 +337,33 @@ class Staging:
     def part(self, name: str, inputs: Any) -> dict[str, Any] | None:
         """What a finished part left in the journal, if it was made from the same `inputs` and its files are still whole."""
         entry = self._parts.get(name)
-        if entry is None or entry["inputs"] != _canonical(inputs):
+        if entry is None or entry.inputs != _canonical(inputs):
             return None
-        whole = all(
-            (self.path / f).is_file() and (self.path / f).stat().st_size == e["bytes"] for f, e in entry["files"].items()
-        )
-        return entry["result"] if whole else None
+        try:  # hashed, not only measured: after a power cut a file can have its length but not its bytes
+            verify_files(self.path, entry.files)
+        except IntegrityError:
+            return None
+        return entry.result
 
     def finish(self, name: str, inputs: Any, files: Iterable[Path], result: dict[str, Any]) -> None:
         """Records a part as finished: its files are hashed now, and not made again by a build that resumes."""
-        entries = {}
-        for file in files:
-            entries[file.relative_to(self.path).as_posix()] = {"sha256": hash_file(file), "bytes": file.stat().st_size}
-        self._parts[name] = {"inputs": _canonical(inputs), "files": entries, "result": result}
+        entries = {
+            file.relative_to(self.path).as_posix(): FileEntry(sha256=hash_file(file), bytes=file.stat().st_size)
+            for file in files
+        }
+        self._parts[name] = _FinishedPart(inputs=_canonical(inputs), files=entries, result=result)
         temporary = self._journal.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._parts))
+        temporary.write_bytes(_JOURNAL.dump_json(self._parts))
         temporary.replace(self._journal)
 
     def files(self, parts: Iterable[str]) -> dict[str, FileEntry]:
         """The files of the named parts, with hashes."""
-        entries = {file: FileEntry(**entry) for part in parts for file, entry in self._parts[part]["files"].items()}
+        entries = {file: entry for part in parts for file, entry in self._parts[part].files.items()}
         return dict(sorted(entries.items()))
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Writes the manifest, syncs everything to disk and puts the folder in its place."""
-        kept = {MANIFEST, *manifest.files}
+        kept = {MANIFEST, self._journal.name, *manifest.files}  # the journal until the end: a commit too can be interrupted
         for path in sorted(self.path.rglob("*"), reverse=True):
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
@@ -362,9 +377,42 @@ class Staging:
         if self.final.exists():
             self.final.rename(old)
         self.path.rename(self.final)
+        (self.final / self._journal.name).unlink(missing_ok=True)
         _sync(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
         return Bundle(self.final, manifest)
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = (final.parent / f".{final.name}.lock").open("w")
+    except OSError as exc:
+        if exc.errno in _FULL:
+            raise
+        raise RequestError(
+            f"the folder {final.parent} cannot be written", found=exc.strerror, fix="give another folder with --output"
+        ) from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise ResourceError(
+                f"another build of {final} is running", fix="wait for it, or build under another --output"
+            ) from exc
+        yield
+
+
+def recover(final: Path) -> None:
+    """Puts a bundle back that a crash in the middle of a commit left beside its place; call it before looking for one.
+
+    Raises:
+        ResourceError: a build of this bundle is running.
+    """
+    if (final.parent / f".{final.name}.old").exists():
+        with Staging.open(final):
+            pass
 
 
 def _recover(final: Path) -> None:
@@ -417,11 +465,17 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def translated_disk_errors(folder: Path) -> Iterator[None]:
-    """Turns "no space left" and "quota exceeded" into an error that says how much is free."""
+    """Turns "no space left", "quota exceeded" and "file too large" into an error that says how much is free."""
     try:
         yield
     except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if exc.errno == errno.EFBIG:
+            raise ResourceError(
+                f"a file under {folder} is larger than its file system or `ulimit -f` allows",
+                found=f"{exc.strerror}: {exc.filename2 or exc.filename or 'no file was named'}",
+                fix="raise the limit or use a folder on another disk, then run the same command again",
+            ) from exc
+        if exc.errno not in _FULL:
             raise
         raise ResourceError(
             f"the disk that holds {folder} is full",

@@ -1,7 +1,7 @@
 """The cost model: FLOPs of a transformer call, and what a plan costs in units of one full call of the large model.
 
 Only matrix products are counted (linear layers, QK^T, PV; one multiply-add = 2 FLOP). Checked against torch's FLOP counter
-on the real module classes in the tests. Measured costs, where a bundle holds them, take the model's place.
+on the real module classes in the tests. Whoever has measured costs puts them in the model's place (`hst_trt.bench`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .plan import Step, StitchPlan, bucket_for
+from .plan import Stage, Step, StitchPlan, bucket_for
 from .workspace import Workspace
 
 __all__ = ["StepRecord", "denoise"]
@@ -64,7 +64,7 @@ def denoise(
 
         if tokens == n:
             ws.large()
-            if plan.switch is not None and t > 0:
+            if plan.switch is not None and step.stage is Stage.LARGE and t > 0:
                 changes.append(ws.change())
                 earliest, _ = plan.switch.bounds(len(plan.steps))
                 if t + 1 >= earliest and plan.switch.fires(changes):

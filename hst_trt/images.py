@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +24,73 @@ __all__ = ["ImageWriter", "mask_picture"]
 
 
 class ImageWriter:
-    """Writes ``hst_{seed}_{index:03d}.png`` into a folder, never over a file that is there unless `overwrite` is set."""
+    """Writes ``hst_{seed}_{index:03d}.png`` into a folder, never over a file that is there unless `overwrite` is set.
+
+    Raises:
+        RequestError: the folder cannot be made or written; known before anything is drawn, where the system tells.
+    """
 
     def __init__(self, folder: Path, *, overwrite: bool = False) -> None:
         self.folder, self.overwrite = folder, overwrite
         self._written: set[Path] = set()
-        try:
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise RequestError(
-                f"the output folder {folder} cannot be made", found=exc.strerror, fix="give another --output-dir"
-            ) from exc
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     def save(self, images: Sequence[Image.Image], seed: int, settings: Mapping[str, Any]) -> list[Path]:
         """Saves images; their settings go into the PNG as `parameters` text and as JSON under ``hst_trt``."""
-        return [self._write(f"hst_{seed}", image, dict(settings, image=i)) for i, image in enumerate(images)]
+        paths = []
+        for i, image in enumerate(images):
+            info, described = PngInfo(), dict(settings, image=i)
+            info.add_text("parameters", _parameters(described, image))
+            info.add_itxt("hst_trt", json.dumps(described))
+            paths.append(self._write((f"hst_{seed}_{index:03d}.png" for index in itertools.count()), image, info))
+        return paths
 
     def beside(self, path: Path, suffix: str, image: Image.Image) -> Path:
         """Saves a companion of an image, ``NAME_{suffix}.png``."""
-        target = path.with_name(f"{path.stem}_{suffix}.png")
-        with translated_disk_errors(self.folder):
-            image.save(target)
-        return target
+        names = (f"{path.stem}_{suffix}{f'_{index:03d}' if index else ''}.png" for index in itertools.count())
+        return self._write(names, image, None)
 
-    def _write(self, stem: str, image: Image.Image, settings: dict[str, Any]) -> Path:
-        info = PngInfo()
-        info.add_text("parameters", _parameters(settings, image))
-        info.add_itxt("hst_trt", json.dumps(settings))
-        index = 0
-        while True:
-            path = self.folder / f"{stem}_{index:03d}.png"
-            index += 1
-            if path in self._written:
-                continue
+    def _write(self, names: Iterator[str], image: Image.Image, info: PngInfo | None) -> Path:
+        """Writes under the first free name: beside its place first, so that an older picture is replaced by a whole one."""
+        content = io.BytesIO()
+        image.save(content, "PNG", pnginfo=info)
+        with self._writing():
+            path = next(path for name in names if self._claim(path := self.folder / name))
+            part = path.with_name(f".{path.name}.part")
             try:
-                with translated_disk_errors(self.folder), path.open("wb" if self.overwrite else "xb") as stream:
-                    image.save(stream, "PNG", pnginfo=info)
-            except FileExistsError:
-                continue
+                part.write_bytes(content.getbuffer())
+                part.replace(path)
             except BaseException:
-                path.unlink(missing_ok=True)  # half a picture is worse than none
+                part.unlink(missing_ok=True)
+                if not self.overwrite:
+                    path.unlink(missing_ok=True)  # the empty file of our claim
                 raise
-            self._written.add(path)
-            os.utime(path)
-            return path
+        self._written.add(path)
+        return path
+
+    def _claim(self, path: Path) -> bool:
+        """Whether this name is ours to write; an empty file holds it against other processes."""
+        if path in self._written:
+            return False
+        if not self.overwrite:
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                return False
+        return True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with translated_disk_errors(self.folder):
+                yield
+        except OSError as exc:
+            raise RequestError(
+                f"the output folder {self.folder} cannot be written", found=exc.strerror, fix="give another --output-dir"
+            ) from exc
 
 
 def _parameters(settings: Mapping[str, Any], image: Image.Image) -> str:

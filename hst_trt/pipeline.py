@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,17 @@ from .cost import CallCosts, ModelledCosts
 from .denoise import StepRecord, denoise
 from .errors import IncompatibleError, NumericsError, RequestError
 from .noise import start_noise
-from .plan import AdaptiveSwitch, MaskRule, PlanRequest, Schedule, StitchPlan, make_plan, token_buckets
+from .plan import (
+    AdaptiveSwitch,
+    MaskRule,
+    PlanRequest,
+    Schedule,
+    StitchPlan,
+    is_number,
+    make_plan,
+    token_buckets,
+    whole_number,
+)
 from .runtime.engine import Backend
 from .runtime.ort import OnnxRuntimeBackend
 from .spec import PairSpec
@@ -81,8 +90,8 @@ class HybridStitchPipeline:
         target = bundle.manifest.target
         if bundle.manifest.state != "complete":
             raise IncompatibleError(
-                f"{bundle.path} holds graphs only, its engines were not built",
-                fix=f"run `hst-trt build --gpu {target.name} --pair {bundle.manifest.recipe}` on a machine with that GPU",
+                f"{bundle.path} holds graphs only, it was not built for {target.name} yet",
+                fix=f"run `hst-trt build --gpu {target.name} --pair {bundle.manifest.recipe}` on such a machine",
             )
         if target.backend != "onnxruntime":
             raise IncompatibleError(
@@ -110,9 +119,10 @@ class HybridStitchPipeline:
 
     def load(self, plan: StitchPlan, on_engine: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
         """Loads every engine that a plan uses; `on_engine` gets (name, how many are loaded, how many there are)."""
+        optional = plan.mask or plan.switch or plan.correction
         names = [
             *TEXT_ENCODERS[: len(self.tokenizers)],
-            *(n for n in GLUE if n not in _OPTIONAL_GLUE or plan.mask or plan.switch),
+            *(n for n in GLUE if n not in _OPTIONAL_GLUE or optional),
         ]
         names += [SMALL] if plan.uses_small or plan.switch else []
         names += [LARGE] if plan.uses_large else []
@@ -179,6 +189,8 @@ class HybridStitchPipeline:
         """
         times = _Stopwatch()
         prompts = self._check_prompts(prompt)
+        negatives = self._negatives(negative_prompt, prompts)
+        num_images_per_prompt = whole_number("num_images_per_prompt", num_images_per_prompt)
         if num_images_per_prompt < 1:
             raise RequestError(f"num_images_per_prompt {num_images_per_prompt} is not positive")
         images = len(prompts) * num_images_per_prompt
@@ -200,6 +212,8 @@ class HybridStitchPipeline:
             )
         scale = self._guidance(guidance_scale)
         if mask_ratio is not None:
+            if mask is not None:
+                raise RequestError("mask and mask_ratio are two ways to choose the mask", fix="give one of them")
             mask = MaskRule(ratio=mask_ratio)
         plan = self.plan(
             schedule=schedule, num_inference_steps=num_inference_steps, height=height, width=width, stages=stages,
@@ -210,7 +224,7 @@ class HybridStitchPipeline:
         seeds, noise = self._noise(seed, generator, latents, images, h, w)
 
         with times("text"):
-            text = self._encode(prompts, self._negatives(negative_prompt, prompts) if guided else None, num_images_per_prompt)
+            text = self._encode(prompts, negatives if guided else None, num_images_per_prompt)
         ws = self._workspace_for(RequestShape(images, guided, h, w))
         table = self.scheduler.table(len(plan.steps))
         ws.begin(patchify(noise, self.spec.patch_size), text, table, scale, plan.mask, plan.correction)
@@ -224,7 +238,8 @@ class HybridStitchPipeline:
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, t, float(table.timesteps[t]), given) or {}
                 if "latents" in returned:
-                    ws.latents = patchify(np.asarray(returned["latents"], np.float32), self.spec.patch_size)
+                    changed = _as_latents(returned["latents"], noise.shape, "the latents that the callback returned")
+                    ws.latents = patchify(changed, self.spec.patch_size)
             return not self._interrupt
 
         with times("denoise"):
@@ -246,13 +261,18 @@ class HybridStitchPipeline:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise RequestError(f"`prompt` has to be a str or a list of str, not {type(prompt).__name__}")
+        _check_unicode(prompts)
         if any(not p.strip() for p in prompts):
             log.warning("a prompt is empty: its picture will show whatever the models draw without one")
         return prompts
 
     def _negatives(self, negative: str | list[str] | None, prompts: list[str]) -> list[str]:
         if negative is None or isinstance(negative, str):
+            _check_unicode([negative or ""])
             return [negative or ""] * len(prompts)
+        if not isinstance(negative, list) or not all(isinstance(n, str) for n in negative):
+            raise RequestError(f"`negative_prompt` has to be a str or a list of str, not {type(negative).__name__}")
+        _check_unicode(negative)
         if len(negative) != len(prompts):
             raise RequestError(
                 f"{len(negative)} negative prompts were given for {len(prompts)} prompts",
@@ -262,8 +282,8 @@ class HybridStitchPipeline:
 
     def _guidance(self, scale: float | None) -> float:
         scale = self.bundle.manifest.defaults.guidance_scale if scale is None else scale
-        if not (math.isfinite(scale) and 0 <= scale <= 100):
-            raise RequestError(f"guidance_scale {scale} is not a number from 0 to 100", fix="3 to 7 is usual; 1 is off")
+        if not (is_number(scale) and 0 <= scale <= 100):
+            raise RequestError(f"guidance_scale {scale!r} is not a number from 0 to 100", fix="3 to 7 is usual; 1 is off")
         return scale
 
     def _noise(
@@ -271,9 +291,7 @@ class HybridStitchPipeline:
     ) -> tuple[tuple[int, ...], np.ndarray]:
         shape = (images, self.spec.latent_channels, h * self.spec.patch_size, w * self.spec.patch_size)
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise RequestError(f"latents of shape {tuple(latents.shape)} were given", found=f"this request needs {shape}")
-            return (), np.asarray(latents, np.float32)
+            return (), _as_latents(latents, shape, "the given latents")
         if generator is not None:
             from torch import cat, randn  # the caller has torch, or could not have made a generator
 
@@ -284,8 +302,11 @@ class HybridStitchPipeline:
             return (), randn(shape, generator=generator).numpy()
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "little")
-        seeds = (int(seed),) if isinstance(seed, (int, np.integer)) else tuple(int(s) for s in seed)
-        return seeds, start_noise(seeds[0] if isinstance(seed, (int, np.integer)) else seeds, shape)
+        if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str):
+            seeds = tuple(whole_number("seed", one) for one in seed)
+            return seeds, start_noise(seeds, shape)
+        seed = whole_number("seed", seed)
+        return (seed,), start_noise(seed, shape)
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _encode(self, prompts: list[str], negatives: list[str] | None, repeats: int) -> dict[str, np.ndarray]:
@@ -329,6 +350,9 @@ def plan_request(
     """
     h, w = _grid(bundle, height, width)
     steps = bundle.manifest.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+    steps = whole_number("num_inference_steps", steps)
+    if stages is not None and not isinstance(stages, Sequence):
+        raise RequestError(f"stages {stages!r} are not three numbers", fix="give (large, hybrid, small) steps")
     bundle.scheduler.table(steps)  # refuses numbers of steps it has no sigmas for
     plan = make_plan(
         PlanRequest(
@@ -336,9 +360,9 @@ def plan_request(
             num_steps=steps,
             num_tokens=h * w,
             buckets=token_buckets(h * w, bundle.manifest.bucket_ratios),
-            stages=stages,
+            stages=None if stages is None else tuple(whole_number("stages", count) for count in stages),  # type: ignore[arg-type]
             mask=mask or MaskRule(),
-            refresh_every=refresh_every,
+            refresh_every=None if refresh_every is None else whole_number("refresh_every", refresh_every),
             correction=correction,
             switch=AdaptiveSwitch() if adaptive else None,
         )
@@ -355,14 +379,37 @@ def _grid(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, i
     defaults, spec = bundle.manifest.defaults, bundle.spec
     side = spec.token_side
     height, width = defaults.height if height is None else height, defaults.width if width is None else width
-    longest = min(bundle.manifest.limits.max_side, spec.max_side)
+    longest = min(bundle.manifest.limits.max_side, spec.max_side) // side * side
+    height, width = whole_number("height", height), whole_number("width", width)
     for name, value in (("height", height), ("width", width)):
+        if value > longest:
+            raise RequestError(
+                f"{name} {value} is beyond this bundle's limit", found=f"its longest side is {longest}", fix=f"use {longest}"
+            )
         if value < side or value % side:
             below = max(side, value - value % side)
-            raise RequestError(f"{name} {value} is not a multiple of {side}", fix=f"use {below} or {below + side}")
-        if value > longest:
-            raise RequestError(f"{name} {value} is beyond this bundle's limit", found=f"its longest side is {longest}")
+            fitting = " or ".join(str(size) for size in (below, below + side) if size <= longest)
+            raise RequestError(f"{name} {value} is not a multiple of {side}", fix=f"use {fitting}")
     return spec.grid(height, width)
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    """Half characters come from bytes of another encoding on the command line; the tokenizers take none."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise RequestError("a prompt is not valid Unicode", found=ascii(text), fix="write it in UTF-8") from exc
+
+
+def _as_latents(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as exc:
+        raise RequestError(f"{what} are not an array of numbers", found=str(exc)) from exc
+    if array.shape != shape:
+        raise RequestError(f"{what} have the shape {array.shape}", found=f"this request needs {shape}")
+    return array
 
 
 class _Stopwatch:

@@ -18,9 +18,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 from .cost import CallCosts
 from .errors import RequestError
@@ -35,12 +37,31 @@ __all__ = [
     "Step",
     "StitchPlan",
     "bucket_for",
+    "is_number",
     "make_plan",
     "token_buckets",
+    "whole_number",
 ]
 
 Schedule = Literal["hybrid", "large", "small", "t-stitch", "srdiffusion", "ras"]
 BUCKET_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a caller's value is a finite number."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A caller's value as an int; numpy's integers are taken, 2.0 and "2" are not.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name} {value!r} is not a whole number") from None
 
 
 class Stage(enum.StrEnum):
@@ -88,14 +109,14 @@ class MaskRule:
     starvation: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
-            raise RequestError(f"mask ratio {self.ratio} is outside (0, 1]", fix="0.2 to 0.5 is usual, 1 is no mask")
-        if self.threshold is not None and not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise RequestError(f"mask threshold {self.threshold} is not a positive number", fix="2 is the default")
+        if not (is_number(self.ratio) and 0 < self.ratio <= 1):
+            raise RequestError(f"mask ratio {self.ratio!r} is outside (0, 1]", fix="0.2 to 0.5 is usual, 1 is no mask")
+        if self.threshold is not None and not (is_number(self.threshold) and self.threshold > 0):
+            raise RequestError(f"mask threshold {self.threshold!r} is not a positive number", fix="2 is a good start")
         for name in ("decay", "drift", "starvation"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0) or (name == "decay" and value > 1):
-                raise RequestError(f"mask {name} {value} is not {'in [0, 1]' if name == 'decay' else '>= 0'}")
+            if not (is_number(value) and value >= 0) or (name == "decay" and value > 1):
+                raise RequestError(f"mask {name} {value!r} is not {'in [0, 1]' if name == 'decay' else '>= 0'}")
 
 
 @dataclass(frozen=True)
@@ -210,8 +231,8 @@ def make_plan(request: PlanRequest) -> StitchPlan:
     """
     if request.schedule not in get_args(Schedule):
         raise RequestError(f"unknown schedule {request.schedule!r}", fix=f"choose one of {', '.join(get_args(Schedule))}")
-    if not (math.isfinite(request.correction) and 0 <= request.correction <= 1):
-        raise RequestError(f"correction {request.correction} is outside [0, 1]", fix="0 is off, 0.9 is a good start")
+    if not (is_number(request.correction) and 0 <= request.correction <= 1):
+        raise RequestError(f"correction {request.correction!r} is outside [0, 1]", fix="0 is off, 0.9 is a good start")
     if request.refresh_every is not None and request.refresh_every < 0:
         raise RequestError(f"refresh_every {request.refresh_every} is negative", fix="0 means no refresh")
     if request.num_steps < 1:

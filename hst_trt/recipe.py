@@ -51,6 +51,7 @@ class Recipe(_Table):
     max_sequence_length: int = Field(gt=0, le=512)
     limits: Limits
     defaults: Defaults
+    given_as: str = Field(default="", exclude=True)  # what `load_recipe` was called with, for messages that name a command
 
 
 class Target(_Table):
@@ -73,14 +74,15 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name)
     if path.suffix != ".toml":
-        return _load(_folder("recipes") / f"{name}.toml", Recipe, "recipe", _names("recipes"))
+        recipe = _load(_folder("recipes") / f"{name}.toml", Recipe, "recipe", _names("recipes"))
+        return recipe.model_copy(update={"given_as": name})
     recipe = _load(path, Recipe, "recipe", _names("recipes"))
     beside = {
         role: model.model_copy(update={"source": str((path.parent / model.source).resolve())})
         for role in ("large", "small")
         if (path.parent / (model := getattr(recipe, role)).source).is_dir()
     }
-    return recipe.model_copy(update=beside)
+    return recipe.model_copy(update={"given_as": name} | beside)
 
 
 def load_target(name: str) -> Target:

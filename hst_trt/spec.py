@@ -58,7 +58,6 @@ class PairSpec:
     vae_scale: int  # pixels of an image side per latent
     clip_length: int
     t5_length: int
-    sample_side: int  # pixels, the size drawn when a request names none
 
     @property
     def text_length(self) -> int:

@@ -63,10 +63,14 @@ class RunStats:
         return 1 - self.large_compute / len(self.records) if self.records else 0.0
 
     @property
+    def cost(self) -> float:
+        """All calls of both models, in full large calls."""
+        return self.large_compute + self.costs.small() * sum(record.step.small for record in self.records)
+
+    @property
     def modelled_speedup(self) -> float:
         """Of the loop, over as many large-only steps, by `costs`."""
-        cost = self.large_compute + self.costs.small() * sum(record.step.small for record in self.records)
-        return len(self.records) / cost if cost else 1.0
+        return len(self.records) / self.cost if self.records else 1.0
 
     @property
     def overhead(self) -> float:

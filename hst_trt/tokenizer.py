@@ -42,6 +42,8 @@ class PromptTokenizer:
         for prompt in prompts:
             ids = self._whole.encode(prompt).ids
             if len(ids) > self.length:
-                removed = self._whole.decode(ids[self.length - 1 : -1]).strip()
-                log.warning("the prompt is too long for %d tokens; this part was cut off: %r", self.length, removed)
+                removed = self._whole.decode(ids[self.length - 1 : -1])
+                if suffix := getattr(self._whole.model, "end_of_word_suffix", None):  # CLIP's; its decoder leaves them in
+                    removed = removed.replace(suffix, " ")
+                log.warning("the prompt is too long for %d tokens; this part was cut off: %r", self.length, removed.strip())
         return np.array([encoding.ids for encoding in self._cut.encode_batch(list(prompts))], np.int64)

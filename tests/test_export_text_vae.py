@@ -303,16 +303,6 @@ def test_vae_takes_tokens_of_one_latent_each(tmp_path: Path) -> None:
     assert_vae_agrees(save_vae(tmp_path), tmp_path, 2, 4, 6, p=1)
 
 
-def test_vae_takes_latents_in_the_dtype_that_the_loop_keeps_them_in(tmp_path: Path) -> None:
-    save_vae(tmp_path)
-    tokens = np.random.default_rng(0).standard_normal((1, 3, 4, 16), np.float32).astype(np.float16)
-    images = []
-    for dtype in ("float16", "float32"):
-        graph = vae_decoder_graph(config_of(tmp_path), WeightStore(tmp_path), "float32", latents_dtype=dtype)
-        images.append(run_graph(graph, tmp_path, {"latent_tokens": tokens.astype(dtype)})["image"])
-    assert np.array_equal(images[0], images[1])
-
-
 def test_vae_attention_is_found_under_its_old_names(tmp_path: Path) -> None:
     model = save_vae(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"

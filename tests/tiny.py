@@ -64,7 +64,6 @@ def spec_of(large: SD3Transformer2DModel, small: SD3Transformer2DModel) -> PairS
         vae_scale=8,
         clip_length=TEXT[0],
         t5_length=TEXT[1],
-        sample_side=128,
     )
 
 

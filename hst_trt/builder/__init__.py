@@ -1,0 +1,1 @@
+"""From ONNX graphs to a bundle that a target can run."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..bundle import (
@@ -23,6 +26,7 @@ from ..bundle import (
     TargetEntry,
     fingerprint,
     link_or_copy,
+    recover,
     translated_disk_errors,
 )
 from ..errors import HstError, MissingError
@@ -30,6 +34,9 @@ from ..plan import BUCKET_RATIOS
 from ..recipe import Recipe, Target
 from ..tensor_names import LARGE, SMALL, VAE_DECODER
 from . import onnxruntime, tensorrt
+
+if TYPE_CHECKING:
+    from ..export.exporter import PairExporter
 
 __all__ = ["BuildOutcome", "build_bundle", "export_bundle", "shipped_demo"]
 
@@ -58,19 +65,8 @@ def export_bundle(
         MissingError: a model or one of the packages torch, diffusers, transformers, onnx is not there.
         HstError: the pair does not fit, a check failed, or the disk is full.
     """
-    try:
-        import diffusers  # noqa: F401  (each is needed by the checks; better to say so before anything is written)
-        import onnx  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as exc:
-        raise MissingError(
-            f"exporting needs the package {exc.name!r}, which is not installed",
-            fix='pip install "hst_trt[export]" -c constraints.txt',
-        ) from exc
-    from ..export.exporter import PairExporter
-
-    exporter = PairExporter(recipe, target)
+    exporter = _exporter(recipe, target)
+    recover(final)
     reasons = ("--force was given",) if force else _differences(final, exporter.inputs)
     if not reasons:
         return BuildOutcome(Bundle.open(final), made=False, reasons=("nothing it was made from has changed",))
@@ -113,21 +109,39 @@ def build_bundle(
         MissingError: the target's GPU or TensorRT is not here; the graphs are kept in the bundle, and the error names the
             command that finishes it.
     """
-    backend = onnxruntime if target.backend == "onnxruntime" else tensorrt
+    finish = onnxruntime.finish if target.backend == "onnxruntime" else partial(tensorrt.finish, pair=recipe.given_as)
+    recover(final)
     existing = None if force else _open_if_sound(final, target)
-    if existing is not None and existing.manifest.state == "graphs":
-        return BuildOutcome(
-            backend.finish(existing, target), made=True, reasons=("its graphs were there, its engines were not",)
-        )
-    if recipe.name == "demo" and target.backend == "onnxruntime" and shipped_demo() is not None:
-        if existing is not None and not (reasons := _differences(final, _shipped_inputs())):
-            return BuildOutcome(existing, made=False, reasons=("nothing it was made from has changed",))
+    shipped = recipe.name == "demo" and target.backend == "onnxruntime" and shipped_demo() is not None
+    if shipped and (existing is None or "shipped" in existing.manifest.inputs):
         reasons = ("--force was given",) if force else _differences(final, _shipped_inputs())
-        return BuildOutcome(backend.finish(_install_shipped(final), target), made=True, reasons=reasons)
+        if existing is not None and not reasons:
+            return BuildOutcome(existing, made=False, reasons=("nothing it was made from has changed",))
+        return BuildOutcome(finish(_install_shipped(final), target), made=True, reasons=reasons)
+    if existing is not None and not (reasons := _differences_if_known(recipe, target, final)):
+        if existing.manifest.state == "complete":
+            return BuildOutcome(existing, made=False, reasons=("nothing it was made from has changed",))
+        finished = finish(existing, target)
+        return BuildOutcome(finished, made=True, reasons=("its graphs were there, its engines were not",))
     outcome = export_bundle(recipe, target, final, force=force, on_part=on_part)
-    if not outcome.made and outcome.bundle.manifest.state == "complete":
-        return outcome
-    return BuildOutcome(backend.finish(outcome.bundle, target), made=True, reasons=outcome.reasons)
+    return BuildOutcome(finish(outcome.bundle, target), made=True, reasons=outcome.reasons)
+
+
+def _exporter(recipe: Recipe, target: Target) -> PairExporter:
+    """An exporter for the pair.
+
+    Raises:
+        MissingError: one of the packages that exporting needs is not installed, or a model is not there.
+    """
+    missing = [name for name in ("torch", "diffusers", "transformers", "onnx") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingError(
+            f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            fix='pip install "hst_trt[export]"',
+        )
+    from ..export.exporter import PairExporter
+
+    return PairExporter(recipe, target)
 
 
 # -- the demo pair's graphs, which ship with the package -------------------------------------------------------------------
@@ -174,6 +188,14 @@ def _differences(final: Path, inputs: dict[str, str]) -> tuple[str, ...]:
         return (f"the bundle that is there cannot be used: {exc.problem}",)
     parts = sorted(before.keys() | inputs.keys())
     return tuple(f"{part} is made from something else now" for part in parts if before.get(part) != inputs.get(part))
+
+
+def _differences_if_known(recipe: Recipe, target: Target, final: Path) -> tuple[str, ...]:
+    """As `_differences`, for a bundle that may have been carried here: without its models or torch it is taken as it is."""
+    try:
+        return _differences(final, _exporter(recipe, target).inputs)
+    except MissingError:
+        return ()
 
 
 def _target_entry(target: Target, backend_version: str) -> TargetEntry:

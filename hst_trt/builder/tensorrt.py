@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from typing import NoReturn
 
 from ..bundle import Bundle
@@ -14,14 +15,19 @@ __all__ = ["finish"]
 _MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
 
 
-def finish(bundle: Bundle, target: Target) -> NoReturn:
+def finish(bundle: Bundle, target: Target, pair: str) -> NoReturn:
     """Building engines comes with a later version; until then the graphs wait in the bundle.
+
+    Args:
+        bundle: the graphs.
+        target: the GPU.
+        pair: the recipe as the user gave it, a name or a path.
 
     Raises:
         MissingError: always, with what is missing and the command that goes on.
     """
     module, extra = _MODULES[target.backend]
-    command = f"hst-trt build --gpu {target.name} --pair {bundle.manifest.recipe} --output {bundle.path.parent}"
+    command = shlex.join(["hst-trt", "build", "--gpu", target.name, "--pair", pair, "--output", str(bundle.path.parent)])
     kept = f"the graphs are exported and checked, and wait in {bundle.path}"
     if importlib.util.find_spec(module) is None:
         raise MissingError(

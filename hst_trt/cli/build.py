@@ -62,6 +62,10 @@ def build(gpu: str, pair: str | None, output: Path | None, force: bool, explain:
 
     if dry_run:
         recipe, target, final = _resolve(gpu, pair, output)
+        if as_json:
+            described = {"recipe": recipe.name, "target": target.name, "backend": target.backend, "precision": target.precision}
+            print_json("hst_trt.build-plan/1", {"bundle": str(final), "exists": final.exists()} | described)
+            return
         state = "is there and would be checked" if final.exists() else "would be made"
         tables.print(f"{recipe.name} for {target.name} ({target.backend}, {target.precision}): {final} {state}")
         return

@@ -80,9 +80,18 @@ def main() -> None:
         _report("out of memory\nto do: ask for fewer images at once or a smaller size", exc)
         sys.exit(5)
     except BrokenPipeError:  # the reader of our output is gone: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(0)
+    except OSError as exc:  # what is the user's to mend is an HstError by now; the rest is a disk or a file system that fails
+        _report(f"a file operation failed: {exc}\nto do: free some space or repair the disk; -v shows where", exc)
+        _drop_stdout()
+        sys.exit(5)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _drop_stdout() -> None:
+    """Stops the interpreter from flushing a stdout once more that takes nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report(text: str, exc: BaseException | None) -> None:

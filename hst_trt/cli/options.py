@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from ..bundle import SUFFIX, bundles_folder, newest_bundle
+from ..bundle import MANIFEST, SUFFIX, bundles_folder, newest_bundle
 from ..errors import RequestError
 from ..plan import MaskRule, Schedule
 
@@ -114,8 +114,8 @@ def find_bundle(name: str | None) -> Path:
     folder = bundles_folder()
     if name is not None:
         path = Path(name)
-        for candidate in (path, path.with_name(path.name + SUFFIX), folder / name, folder / (name + SUFFIX)):
-            if candidate.is_dir():
+        for candidate in (path, Path(name + SUFFIX), folder / name, folder / (name + SUFFIX)):
+            if candidate.is_dir() and (candidate.suffix == SUFFIX or (candidate / MANIFEST).is_file()):
                 return candidate
         return path  # opening it says that it is not there
     if newest := newest_bundle(folder, ["onnxruntime"]):

@@ -18,7 +18,7 @@ __all__ = ["plan"]
 @size_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def plan(bundle: str | None, as_json: bool, **schedule: Any) -> None:
-    """Print a schedule as a table, with its predicted cost. Nothing is loaded or drawn."""
+    """Print a schedule as a table, with its predicted cost. No graph is loaded."""
     from ..bundle import Bundle
     from ..pipeline import plan_request
 

@@ -43,7 +43,7 @@ __all__ = ["run"]
 )
 @click.option("--overwrite", is_flag=True, help="Number files from 000, replacing older ones.")
 @click.option("--save-masks", is_flag=True, help="Also write a picture of the masks over the steps.")
-@click.option("--threads", type=int, default=0, help="Threads of a call; 0 takes one per physical core.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
     prompt: str | None,

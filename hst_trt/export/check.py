@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # of the largest value; tiny models stay under 2e-5, real weig
 _GRIDS = ((4, 4), (3, 5), (6, 2))  # token rows and columns; two are not square
 
 
-def check_structure(path: Path, precision: Precision, static_axes: frozenset[str] = frozenset()) -> None:
+def check_structure(path: Path, precision: Precision) -> None:
     """The graph is valid ONNX, its types agree throughout, and every axis we declare as symbolic is.
 
     Raises:
@@ -48,8 +48,6 @@ def check_structure(path: Path, precision: Precision, static_axes: frozenset[str
         for dim in value.type.tensor_type.shape.dim:
             if not dim.dim_param and not dim.dim_value:
                 raise BuildError(f"{path}: an axis of {value.name} has neither a name nor a size")
-            if dim.dim_param in static_axes:
-                raise BuildError(f"{path}: the axis {dim.dim_param} of {value.name} should be static")
     if not any(dim.dim_param for value in inferred.graph.input for dim in value.type.tensor_type.shape.dim):
         raise BuildError(f"{path}: no input has a symbolic axis, so the graph would serve one size only")
     float_types = {"float32": {1}, "float16": {1, 10}, "bfloat16": {1, 16}}[precision]

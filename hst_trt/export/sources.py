@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IncompatibleError, MissingError
+from ..errors import HstError, IncompatibleError, MissingError
 from ..recipe import PACKAGE_PREFIX, ModelSource, Recipe
 from .weights import WeightStore
 
@@ -37,22 +38,16 @@ class PairFolders:
         return self.root / name if entry and entry[0] and (self.root / name).is_dir() else None
 
 
-def resolve_pair(recipe: Recipe, *, download: bool = True) -> PairFolders:
+def resolve_pair(recipe: Recipe) -> PairFolders:
     """The folders of a recipe's models.
 
     Raises:
         MissingError: a model is neither in a local directory nor in the hub's cache, and cannot be fetched.
     """
-    root = _resolve(recipe.large, ["*/*", "model_index.json"], download)
-    small_root = (
-        root
-        if recipe.small.source == recipe.large.source
-        else _resolve(
-            recipe.small,
-            [f"{recipe.small.component}/*", "vae/config.json", "scheduler/*", "model_index.json"],
-            download,
-        )
-    )
+    root = small_root = _resolve(recipe.large, ["*/*", "model_index.json"])
+    if recipe.small.source != recipe.large.source:
+        component = recipe.small.component
+        small_root = _resolve(recipe.small, [f"{component}/*", "vae/config.json", "scheduler/*", "model_index.json"])
     folders = PairFolders(root, root / recipe.large.component, small_root, small_root / recipe.small.component)
     for folder in (folders.large, folders.small):
         if not (folder / "config.json").is_file():
@@ -64,7 +59,7 @@ def resolve_pair(recipe: Recipe, *, download: bool = True) -> PairFolders:
     return folders
 
 
-def _resolve(model: ModelSource, patterns: list[str], download: bool) -> Path:
+def _resolve(model: ModelSource, patterns: list[str]) -> Path:
     if model.source.startswith(PACKAGE_PREFIX):
         return _DATA / model.source.removeprefix(PACKAGE_PREFIX)
     if Path(model.source).is_dir():
@@ -79,24 +74,31 @@ def _resolve(model: ModelSource, patterns: list[str], download: bool) -> Path:
             f"{model.source} is a hub id, and huggingface_hub is not installed", fix='pip install "hst_trt[export]"'
         ) from exc
     wanted = [p for p in patterns if p != "*/*"] + ([f"*/{w}" for w in _WANTED] if "*/*" in patterns else [])
-    settings: dict[str, Any] = dict(revision=model.revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+    settings: dict[str, Any] = {"revision": model.revision, "allow_patterns": wanted, "ignore_patterns": _UNWANTED}
+    cached: Path | None = None
+    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
+        cached = Path(snapshot_download(model.source, local_files_only=True, **settings))
+    if cached is not None and _is_complete(cached / model.component):
+        return cached
     try:
-        return Path(snapshot_download(model.source, local_files_only=True, **settings))
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass
-    try:
-        if not download:
-            raise LocalEntryNotFoundError("download was not asked for")
         return Path(snapshot_download(model.source, **settings))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
-        at = f" at {model.revision}" if model.revision else ""
+        revision = f" --revision {model.revision}" if model.revision else ""
+        where = "is only in part in the local cache" if cached else "is not in the local cache"
         raise MissingError(
-            f"the model {model.source}{at} is not in the local cache and could not be fetched",
+            f"the model {model.source} {where} and could not be fetched",
             found=f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no answer'}",
-            fix=f"accept its licence on the hub, then `hf auth login` and `hf download {model.source}"
-            + (f" --revision {model.revision}" if model.revision else "")
-            + "`; or point the recipe's `source` at a local directory",
+            fix=f"accept its licence on the hub, then run `hf auth login` and `hf download {model.source}{revision}`; "
+            "or point the recipe's `source` at a local directory",
         ) from exc
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a transformer's config and all its shards are there; the hub's cache may hold a part of a model."""
+    try:
+        return (folder / "config.json").is_file() and bool(WeightStore(folder).files)
+    except HstError:
+        return False
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -24,13 +24,12 @@ def vae_decoder_graph(
     config: Mapping[str, Any],
     weights: WeightStore,
     precision: Precision,
-    latents_dtype: str = "float32",
     patch_size: int = 2,
 ) -> GraphBuilder:
     """The decoder, with what a pipeline does before and after it.
 
     =================  ==============================  ==============================================================
-    ``latent_tokens``  [images, rows, columns, C*p*p]  in `latents_dtype`; a token holds its patch as (c, p, q)
+    ``latent_tokens``  [images, rows, columns, C*p*p]  float32; a token holds its patch as (c, p, q)
     ``image``          [images, H, W, 3] uint8         H and W are p * 2^(up blocks - 1) times the rows and columns
     =================  ==============================  ==============================================================
 
@@ -52,7 +51,7 @@ def vae_decoder_graph(
     channels, groups = config["latent_channels"], config["norm_num_groups"]
     blocks = len(config["up_block_types"])
     g = GraphBuilder("vae_decoder", weights, precision)
-    tokens = g.input("latent_tokens", latents_dtype, ["images", "token_rows", "token_columns", channels * patch_size**2])
+    tokens = g.input("latent_tokens", "float32", ["images", "token_rows", "token_columns", channels * patch_size**2])
 
     def conv(x: str, key: str) -> str:
         kernel = g.weight_shape(f"{key}.weight")[-1]

@@ -115,18 +115,20 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
             if length > min(_MAX_HEADER, size):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-    except (struct.error, ValueError) as exc:
+        entries = [
+            (key, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for key, entry in header.items()
+            if key != "__metadata__"
+        ]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise IntegrityError(
-            f"{file} is not a valid safetensors file", found=str(exc), fix="download or save it again"
+            f"{file} is not a valid safetensors file", found=f"{type(exc).__name__}: {exc}", fix="download or save it again"
         ) from exc
     start = 8 + length
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), NUMPY_DTYPES.get(entry["dtype"])
+    for key, stored, shape, begin, end in entries:
+        dtype = NUMPY_DTYPES.get(stored)
         if dtype is None:
-            raise IntegrityError(f"{file}: tensor {key!r} has the unsupported dtype {entry['dtype']}")
+            raise IntegrityError(f"{file}: tensor {key!r} has the unsupported dtype {stored}")
         if end - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or start + end > size:
             raise IntegrityError(
                 f"{file}: tensor {key!r} does not fit its place",

@@ -1,0 +1,1 @@
+"""The pair in torch: the reference that every graph is tested against."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..tensor_names import cache_names, past_to_present
 
-__all__ = ["TokenTransformer", "patchify", "position_ids", "unpatchify"]
+__all__ = ["TokenTransformer", "patchify", "unpatchify"]
 
 
 def patchify(latents: Tensor, patch: int = 2) -> Tensor:
@@ -30,12 +30,6 @@ def unpatchify(tokens: Tensor, h: int, w: int, patch: int = 2) -> Tensor:
     """The inverse of `patchify`."""
     grid = tokens.reshape(tokens.shape[0], h, w, -1, patch, patch)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, h * patch, w * patch)
-
-
-def position_ids(table_side: int, h: int, w: int) -> Tensor:
-    """Rows of the position table for a centred h x w crop, as diffusers crops it; [h*w] int64."""
-    top, left = (table_side - h) // 2, (table_side - w) // 2
-    return ((torch.arange(h)[:, None] + top) * table_side + torch.arange(w) + left).reshape(-1)
 
 
 class TokenTransformer(nn.Module):

@@ -1,0 +1,1 @@
+"""Backends: buffers, and engines that run on them; needs neither diffusers nor onnx."""
