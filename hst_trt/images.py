@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from .bundle import translated_disk_errors
+from .disk import translated_disk_errors
 from .errors import RequestError
 from .plan import StitchPlan
 

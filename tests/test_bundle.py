@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 from conftest import Finished
 
-import hst_trt.bundle
+import hst_trt.bundle.staging
 from hst_trt.builder.build import build_bundle, export_bundle
 from hst_trt.bundle import Bundle, Staging, hash_file, newest_bundle
 from hst_trt.errors import HstError, IncompatibleError, IntegrityError, MissingError, ResourceError
@@ -277,7 +277,7 @@ def test_an_interrupted_export_goes_on_where_it_was_and_gives_the_same_bundle(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(hst_trt.bundle, "_sync", interrupted)
+        patched.setattr(hst_trt.bundle.staging, "_sync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             export_bundle(recipe, target, final, on_part=(second := Stop()))
     assert second.made == second.parts.keys() - first.made

@@ -27,8 +27,8 @@ from ..bundle import (
     fingerprint,
     link_or_copy,
     recover,
-    translated_disk_errors,
 )
+from ..disk import translated_disk_errors
 from ..errors import HstError, MissingError
 from ..plan import BUCKET_RATIOS
 from ..recipe import Recipe, Target

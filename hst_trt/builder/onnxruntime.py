@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from ..bundle import Bundle, Staging, fingerprint, link_or_copy, translated_disk_errors
+from ..bundle import Bundle, Staging, fingerprint, link_or_copy
+from ..disk import translated_disk_errors
 from ..recipe import Target
 
 __all__ = ["finish"]

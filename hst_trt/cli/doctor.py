@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from .. import __version__
-from ..bundle import SUFFIX, Bundle, bundles_folder, free_bytes
+from ..bundle import SUFFIX, Bundle, bundles_folder
+from ..disk import free_bytes
 from ..errors import HstError
 from .console import print_json, tables
 

@@ -1,0 +1,35 @@
+"""Bundles: what was built, as one folder ``NAME.hstb``, whose format ``engines/README.md`` specifies."""
+
+from .manifest import (
+    SCHEMA_VERSION,
+    FileEntry,
+    GraphEntry,
+    Manifest,
+    ModelEntry,
+    TargetEntry,
+    TensorEntry,
+    TokenizerEntry,
+)
+from .reading import MANIFEST, SUFFIX, Bundle, bundles_folder, hash_file, newest_bundle
+from .staging import Staging, fingerprint, link_or_copy, recover
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "SUFFIX",
+    "Bundle",
+    "FileEntry",
+    "GraphEntry",
+    "Manifest",
+    "ModelEntry",
+    "Staging",
+    "TargetEntry",
+    "TensorEntry",
+    "TokenizerEntry",
+    "bundles_folder",
+    "fingerprint",
+    "hash_file",
+    "link_or_copy",
+    "newest_bundle",
+    "recover",
+]

@@ -1,0 +1,210 @@
+"""Writing a bundle: parts grow in a staging folder with a journal, and the whole is put in its place by a rename.
+
+So a reader sees the old bundle or the new one, never a part; and an interrupted build leaves its staging folder, from which
+the next one goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from ..disk import FULL, translated_disk_errors
+from ..errors import IntegrityError, RequestError, ResourceError
+from .manifest import SCHEMA_VERSION, FileEntry, Manifest, TargetEntry
+from .reading import MANIFEST, Bundle, hash_file, verify_files
+
+__all__ = ["Staging", "fingerprint", "link_or_copy", "recover"]
+
+_LINK_FROM = 256 * 2**20
+
+
+class _FinishedPart(BaseModel, frozen=True, extra="forbid"):
+    """What the journal says of a part."""
+
+    inputs: str
+    files: dict[str, FileEntry]
+    result: dict[str, Any]
+
+
+_JOURNAL = TypeAdapter(dict[str, _FinishedPart])
+
+
+class Staging:
+    """The folder in which a bundle grows, with a journal of the parts that are finished.
+
+    Use `Staging.open` as a context manager: it holds the bundle's lock. Leaving it without `commit` keeps what is there
+    for the next build.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.path = final.parent / f".{final.name}.building"
+        self._journal = self.path / "journal.json"
+        self._parts: dict[str, _FinishedPart] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, final: Path) -> Iterator[Staging]:
+        """Locks the bundle and opens its staging folder, resuming an earlier one.
+
+        Raises:
+            RequestError: the folder cannot be written.
+            ResourceError: another build of this bundle is running, or the disk is full.
+        """
+        staging = cls(final)
+        with translated_disk_errors(final.parent), _locked(final):
+            _recover(final)
+            staging.path.mkdir(exist_ok=True)
+            staging._load()
+            yield staging
+
+    def _load(self) -> None:
+        try:
+            self._parts = _JOURNAL.validate_json(self._journal.read_bytes())
+        except (OSError, ValueError):
+            self._parts = {}
+
+    def clear(self) -> None:
+        """Forgets what an earlier build left."""
+        shutil.rmtree(self.path)
+        self.path.mkdir()
+        self._parts = {}
+
+    def part(self, name: str, inputs: Any) -> dict[str, Any] | None:
+        """What a finished part left in the journal, if it was made from the same `inputs` and its files are still whole."""
+        entry = self._parts.get(name)
+        if entry is None or entry.inputs != _canonical(inputs):
+            return None
+        try:  # hashed, not only measured: after a power cut a file can have its length but not its bytes
+            verify_files(self.path, entry.files)
+        except IntegrityError:
+            return None
+        return entry.result
+
+    def finish(self, name: str, inputs: Any, files: Iterable[Path], result: dict[str, Any]) -> None:
+        """Records a part as finished: its files are hashed now, and not made again by a build that resumes."""
+        entries = {
+            file.relative_to(self.path).as_posix(): FileEntry(sha256=hash_file(file), bytes=file.stat().st_size)
+            for file in files
+        }
+        self._parts[name] = _FinishedPart(inputs=_canonical(inputs), files=entries, result=result)
+        temporary = self._journal.with_suffix(".tmp")
+        temporary.write_bytes(_JOURNAL.dump_json(self._parts))
+        temporary.replace(self._journal)
+
+    def files(self, parts: Iterable[str]) -> dict[str, FileEntry]:
+        """The files of the named parts, with hashes."""
+        entries = {file: entry for part in parts for file, entry in self._parts[part].files.items()}
+        return dict(sorted(entries.items()))
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Writes the manifest, syncs everything to disk and puts the folder in its place."""
+        kept = {MANIFEST, self._journal.name, *manifest.files}  # the journal until the end: a commit too can be interrupted
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(self.path).as_posix() not in kept:
+                path.unlink()
+        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for path in [*self.path.rglob("*"), self.path]:
+            _sync(path)
+        old = self.final.parent / f".{self.final.name}.old"
+        if self.final.exists():
+            self.final.rename(old)
+        self.path.rename(self.final)
+        (self.final / self._journal.name).unlink(missing_ok=True)
+        _sync(self.final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return Bundle(self.final, manifest)
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = (final.parent / f".{final.name}.lock").open("w")
+    except OSError as exc:
+        if exc.errno in FULL:
+            raise
+        raise RequestError(
+            f"the folder {final.parent} cannot be written", found=exc.strerror, fix="give another folder with --output"
+        ) from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise ResourceError(
+                f"another build of {final} is running", fix="wait for it, or build under another --output"
+            ) from exc
+        yield
+
+
+def recover(final: Path) -> None:
+    """Puts a bundle back that a crash in the middle of a commit left beside its place; call it before looking for one.
+
+    Raises:
+        ResourceError: a build of this bundle is running.
+    """
+    if (final.parent / f".{final.name}.old").exists():
+        with Staging.open(final):
+            pass
+
+
+def _recover(final: Path) -> None:
+    """After a crash between the two renames of `commit`, the old bundle is still beside its place."""
+    old = final.parent / f".{final.name}.old"
+    if old.exists():
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def fingerprint(files: dict[str, FileEntry], target: TargetEntry) -> str:
+    """A hash over all that decides what a bundle computes."""
+    content = {name: entry.sha256 for name, entry in files.items()}
+    return hashlib.sha256(_canonical([SCHEMA_VERSION, content, target.model_dump()]).encode()).hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Puts a file into a bundle, without a second copy of its bytes if it is large and the file system allows that.
+
+    Small files are always copied: a hard link would let damage to the bundle reach the model it was built from.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    source = source.resolve()  # the hub's cache holds links; a link to a link would dangle in the bundle
+    if source.stat().st_size >= _LINK_FROM:
+        try:
+            os.link(source, target)
+            return
+        except OSError as exc:
+            if exc.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+                raise
+    temporary = target.with_name(target.name + ".part")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
