@@ -31,7 +31,7 @@ class PromptTokenizer:
             self._cut = Tokenizer.from_file(str(path))
         except Exception as exc:  # the library raises bare Exception
             raise IntegrityError(f"{path} is not a tokenizer", found=str(exc), fix="build the bundle again") from exc
-        self.length = length
+        self.name, self.length = path.stem, length
         self._whole.no_truncation()
         self._whole.no_padding()
         self._cut.enable_truncation(length)
@@ -45,5 +45,10 @@ class PromptTokenizer:
                 removed = self._whole.decode(ids[self.length - 1 : -1])
                 if suffix := getattr(self._whole.model, "end_of_word_suffix", None):  # CLIP's; its decoder leaves them in
                     removed = removed.replace(suffix, " ")
-                log.warning("the prompt is too long for %d tokens; this part was cut off: %r", self.length, removed.strip())
+                log.warning(
+                    "the prompt is too long for the %d tokens of %s; this part was cut off: %r",
+                    self.length,
+                    self.name,
+                    removed.strip(),
+                )
         return np.array([encoding.ids for encoding in self._cut.encode_batch(list(prompts))], np.int64)

@@ -195,7 +195,7 @@ def test_an_over_long_prompt_is_cut_where_transformers_cuts_it_and_the_log_names
     # The same words that diffusers' warning names: batch_decode(untruncated[:, length - 1 : -1]).
     whole = reference(prompt).input_ids
     cut = reference.decode(whole[ours.length - 1 : -1]).strip()
-    message = f"the prompt is too long for {ours.length} tokens; this part was cut off: {cut!r}"
+    message = f"the prompt is too long for the {ours.length} tokens of {ours.name}; this part was cut off: {cut!r}"
     assert logged == ([message] if len(whole) > ours.length else [])  # T5 takes many unknown characters for one
     assert logged or number == 2
 

@@ -76,8 +76,13 @@ def run(
     writer = ImageWriter(output_dir, overwrite=overwrite)
     results = []
     with bars(quiet=as_json) as progress:
+        checking = progress.add_task("checking", total=None, note="MiB")
         loading = progress.add_task("loading", total=None, note="")
-        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads)
+
+        def on_hash(done: int, total: int) -> None:
+            progress.update(checking, completed=done >> 20, total=total >> 20)
+
+        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads, on_hash=on_hash)
         plan = pipeline.plan(**arguments)
         pipeline.load(plan, lambda name, done, total: progress.update(loading, completed=done, total=total, note=name))
         loaded = time.perf_counter() - started
