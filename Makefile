@@ -45,5 +45,5 @@ bench: setup  ## Time calls, whole runs and start-up, beside the cost model.
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/startup.py --bundle demo-cpu
 
-clean:  ## Remove what was made, but not the environment.
-	rm -rf build/out dist engines/*.hstb engines/.*.hstb.* outputs
+clean:  ## Remove bundles and work files; pictures and the environment stay.
+	rm -rf build/out dist engines/*.hstb engines/.*.hstb.*

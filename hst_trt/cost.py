@@ -19,7 +19,7 @@ def call_flops(spec: TransformerSpec, computed: int, tokens: int, text: int) -> 
     d, layers = spec.width, spec.layers
     linear = computed * 24 * d * d * layers  # q, k, v, out: 4 d^2, feed-forward: 8 d^2, times 2
     linear += computed * 8 * d * d * spec.dual_layers
-    linear += text * (24 * d * d * (layers - 1) + 6 * d * d)  # the last block only makes text keys and values
+    linear += text * (24 * d * d * (layers - 1) + 4 * d * d)  # the last block makes no more of text than keys and values
     modulation = 6 * layers + 3 * spec.dual_layers + 6 * (layers - 1) + 2 + 2  # one row an image; norm_out has 2
     linear += 2 * d * d * modulation
     linear += 2 * computed * 2 * spec.token_channels * d + 2 * text * spec.text_width * d

@@ -66,20 +66,19 @@ def denoise(
             ws.large()
             if plan.switch is not None and step.stage is Stage.LARGE and t > 0:
                 changes.append(ws.change())
-                earliest, _ = plan.switch.bounds(len(plan.steps))
-                if t + 1 >= earliest and plan.switch.fires(changes):
+                if plan.may_switch_after(t + 1) and plan.switch.fires(changes):
                     plan = plan.switched_at(t + 1)
                     step = plan.steps[t]
             if step.small or step.redraw:
-                _base(ws, step)
+                _sketch(ws, step)
                 ws.compare_all()
         elif tokens:
-            _base(ws, step)
+            _sketch(ws, step)
             ws.large_masked(tokens)
             ws.blend(tokens)
         else:
             ws.small()
-            ws.correct() if plan.correction else ws.use_base()
+            ws.correct() if plan.correction else ws.use_sketch()
 
         mask = ws.active_mask(tokens) if keep_masks and 0 < tokens < n else None
         if step.redraw:
@@ -91,7 +90,7 @@ def denoise(
     return records
 
 
-def _base(ws: Workspace, step: Step) -> None:
+def _sketch(ws: Workspace, step: Step) -> None:
     """What the tokens outside the mask follow: the small model, or where the step has none, their last velocity."""
     if step.small:
         ws.small()
@@ -105,7 +104,9 @@ def _redraw(ws: Workspace, plan: StitchPlan, t: int, fresh: int, imposed: np.nda
     tokens = plan.steps[t].large_tokens
     if imposed is not None:
         ws.impose(imposed)
-        tokens = int(imposed[0].sum())
+        tokens = int(imposed[0].sum()) if tokens is None else tokens
+        if (imposed.sum((1, 2)) != tokens).any():
+            raise ValueError(f"the mask given for step {t} does not have {tokens} tokens in every image")
     elif tokens is None:
         assert plan.request is not None
         tokens = bucket_for(ws.count(), plan.request.buckets)

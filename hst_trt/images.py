@@ -100,7 +100,7 @@ def _parameters(settings: Mapping[str, Any], image: Image.Image) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(
         f"Steps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
-        f"Size: {image.width}x{image.height}, Model: {settings['model']}, Schedule: {settings['schedule']}"
+        f"Size: {image.width}x{image.height}, Model: {settings['model']}, Schedule: {settings['plan']['schedule']}"
     )
     return "\n".join(lines)
 

@@ -91,7 +91,7 @@ class HybridStitchPipeline:
         if bundle.manifest.state != "complete":
             raise IncompatibleError(
                 f"{bundle.path} holds graphs only, it was not built for {target.name} yet",
-                fix=f"run `hst-trt build --gpu {target.name} --pair {bundle.manifest.recipe}` on such a machine",
+                fix=f"run the `hst-trt build --gpu {target.name}` that made it once more, on such a machine",
             )
         if target.backend != "onnxruntime":
             raise IncompatibleError(
@@ -158,7 +158,6 @@ class HybridStitchPipeline:
         correction: float = 0.0,
         adaptive: bool = False,
         keep_masks: bool = False,
-        replay_masks: dict[int, np.ndarray] | None = None,
         on_step: Callable[[int, StepRecord], None] | None = None,
     ) -> StitchOutput:
         """Draws images.
@@ -180,7 +179,6 @@ class HybridStitchPipeline:
             schedule, stages, mask, refresh_every, correction, adaptive: see `plan`. mask_ratio is short for
                 ``mask=MaskRule(ratio=...)``.
             keep_masks: return the mask of every step.
-            replay_masks: masks to use instead of drawing them, by step.
             on_step: called with the step's index and record, for progress bars.
 
         Raises:
@@ -243,7 +241,7 @@ class HybridStitchPipeline:
             return not self._interrupt
 
         with times("denoise"):
-            records = denoise(ws, plan, keep_masks=keep_masks, replay=replay_masks, on_step_end=end_step)
+            records = denoise(ws, plan, keep_masks=keep_masks, on_step_end=end_step)
         if not ws.is_finite():
             raise NumericsError(
                 "the denoised latents are not finite, so there is no picture to decode",
@@ -289,6 +287,8 @@ class HybridStitchPipeline:
     def _noise(
         self, seed: int | Sequence[int] | None, generator: Any, latents: np.ndarray | None, images: int, h: int, w: int
     ) -> tuple[tuple[int, ...], np.ndarray]:
+        if seed is not None and generator is not None:
+            raise RequestError("seed and generator each say what noise to start from", fix="give one of them")
         shape = (images, self.spec.latent_channels, h * self.spec.patch_size, w * self.spec.patch_size)
         if latents is not None:
             return (), _as_latents(latents, shape, "the given latents")

@@ -115,8 +115,9 @@ class MaskRule:
             raise RequestError(f"mask threshold {self.threshold!r} is not a positive number", fix="2 is a good start")
         for name in ("decay", "drift", "starvation"):
             value = getattr(self, name)
-            if not (is_number(value) and value >= 0) or (name == "decay" and value > 1):
-                raise RequestError(f"mask {name} {value!r} is not {'in [0, 1]' if name == 'decay' else '>= 0'}")
+            most = 1 if name == "decay" else 100  # far beyond use; without a bound, priorities could overflow
+            if not (is_number(value) and 0 <= value <= most):
+                raise RequestError(f"mask {name} {value!r} is outside [0, {most}]")
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,13 @@ class StitchPlan:
     def uses_small(self) -> bool:
         return any(step.small for step in self.steps)
 
+    def may_switch_after(self, large_steps: int) -> bool:
+        """Whether an adaptive switch may end the large stage after so many steps: not too early, and before its planned end."""
+        if self.switch is None or self.request is None:
+            return False
+        earliest, _ = self.switch.bounds(self.request.num_steps)
+        return earliest <= large_steps < _stages(self.request)[0]
+
     def switched_at(self, large_steps: int) -> StitchPlan:
         """The plan that goes on when an adaptive switch ends the large stage after `large_steps` steps."""
         assert self.request is not None
@@ -243,14 +251,19 @@ def make_plan(request: PlanRequest) -> StitchPlan:
             fix="use hybrid or srdiffusion, or leave the adaptive switch out",
         )
     stages = _stages(request)
+    if request.switch is not None and stages[0] == request.num_steps:
+        raise RequestError(
+            "an adaptive switch has no steps to switch to", found=f"{stages[0]} large steps of {request.num_steps}"
+        )
     steps = _STEPS[request.schedule](request, stages)
     masked = any(step.large_tokens is None or 0 < step.large_tokens < request.num_tokens for step in steps)
-    corrected = request.correction if any(step.stage is not Stage.LARGE and step.small for step in steps) else 0.0
+    compared = any(step.small and step.large_tokens != 0 for step in steps)  # only then is v_L - v_S ever known
+    corrected = compared and any(step.small and step.stage is not Stage.LARGE for step in steps)
     return StitchPlan(
         steps=steps,
         num_tokens=request.num_tokens,
         mask=request.mask if masked else None,
-        correction=corrected if any(step.large_tokens != 0 for step in steps) else 0.0,
+        correction=request.correction if corrected else 0.0,
         switch=request.switch,
         request=request,
     )

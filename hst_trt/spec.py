@@ -11,6 +11,9 @@ import numpy as np
 __all__ = ["PairSpec", "TransformerSpec"]
 
 
+_COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "pos_embed_max_size")
+
+
 @dataclass(frozen=True)
 class TransformerSpec:
     """The numbers of a transformer's ``config.json`` that decide its shapes and what a call costs."""
@@ -26,6 +29,9 @@ class TransformerSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TransformerSpec:
+        for key in _COUNTS:
+            if not isinstance(config[key], int) or config[key] < 1:
+                raise ValueError(f"{key} is {config[key]!r}, not a positive whole number")
         return cls(
             layers=config["num_layers"],
             heads=config["num_attention_heads"],

@@ -27,23 +27,22 @@ class PromptTokenizer:
 
     def __init__(self, path: Path, length: int, pad_id: int) -> None:
         try:
-            self._whole = Tokenizer.from_file(str(path))
-            self._cut = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as exc:  # the library raises bare Exception
             raise IntegrityError(f"{path} is not a tokenizer", found=str(exc), fix="build the bundle again") from exc
         self.name, self.length = path.stem, length
-        self._whole.no_truncation()
-        self._whole.no_padding()
-        self._cut.enable_truncation(length)
-        self._cut.enable_padding(length=length, pad_id=pad_id, pad_token=self._cut.id_to_token(pad_id) or "")
+        self.pad_id = pad_id
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids [prompts, length] int64. What does not fit is cut off, and the log names it."""
+        tokenizer = self._tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         for prompt in prompts:
-            ids = self._whole.encode(prompt).ids
+            ids = tokenizer.encode(prompt).ids
             if len(ids) > self.length:
-                removed = self._whole.decode(ids[self.length - 1 : -1])
-                if suffix := getattr(self._whole.model, "end_of_word_suffix", None):  # CLIP's; its decoder leaves them in
+                removed = tokenizer.decode(ids[self.length - 1 : -1])
+                if suffix := getattr(tokenizer.model, "end_of_word_suffix", None):  # CLIP's; its decoder leaves them in
                     removed = removed.replace(suffix, " ")
                 log.warning(
                     "the prompt is too long for the %d tokens of %s; this part was cut off: %r",
@@ -51,4 +50,6 @@ class PromptTokenizer:
                     self.name,
                     removed.strip(),
                 )
-        return np.array([encoding.ids for encoding in self._cut.encode_batch(list(prompts))], np.int64)
+        tokenizer.enable_truncation(self.length)
+        tokenizer.enable_padding(length=self.length, pad_id=self.pad_id, pad_token=tokenizer.id_to_token(self.pad_id) or "")
+        return np.array([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))], np.int64)

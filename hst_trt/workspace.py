@@ -66,8 +66,8 @@ class Workspace:
             "next_latents": ((b, n, c), "float32"),
             "velocity": ((b, n, c), "float32"),
             "last_velocity": ((b, n, c), "float32"),
-            "base": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
-            "last_base": ((b, n, c), "float32"),
+            "sketch": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
+            "last_sketch": ((b, n, c), "float32"),
             "refined": ((b, n, c), "float32"),  # v_L of the active tokens
             "difference": ((b, n, c), "float32"),  # D, the last known v_L - v_S
             "next_difference": ((b, n, c), "float32"),
@@ -129,7 +129,7 @@ class Workspace:
         self._write("latents", latents)
         for name, values in text.items():
             self._write(name, values)
-        for name in ("difference", "scores", "age", "last_velocity", "last_base"):
+        for name in ("difference", "scores", "age", "last_velocity", "last_sketch"):
             self._write(name, np.float32(0.0))
         mask = mask or MaskRule()
         self._write("guidance_scale", np.float32(guidance_scale))
@@ -146,8 +146,8 @@ class Workspace:
 
     # -- the verbs of the loop ---------------------------------------------------------------------------------------
     def small(self) -> None:
-        """base = v_S(x), all tokens."""
-        self._velocity(SMALL, self.spec.small, self.shape.tokens, "identity", "base")
+        """sketch = v_S(x), all tokens."""
+        self._velocity(SMALL, self.spec.small, self.shape.tokens, "identity", "sketch")
 
     def large(self) -> None:
         """velocity = v_L(x), all tokens; the whole cache is rewritten, in token order."""
@@ -159,10 +159,10 @@ class Workspace:
         self._velocity(LARGE, self.spec.large, tokens, "active", "refined")
 
     def blend(self, tokens: int) -> None:
-        """velocity = base + D outside the mask, refined inside it; D is renewed inside it."""
-        self._glue(
+        """velocity = sketch + D outside the mask, refined inside it; D is renewed inside it."""
+        self._call(
             "blend",
-            base="base",
+            sketch="sketch",
             refined=("refined", (self.shape.images, tokens, self.spec.large.token_channels)),
             active=("active", (self.shape.images, tokens)),
             difference="difference",
@@ -173,16 +173,16 @@ class Workspace:
         self._copy("next_difference", "difference")
 
     def compare_all(self) -> None:
-        """D = velocity - base on all tokens: after a full large call everything counts as active."""
+        """D = velocity - sketch on all tokens: after a full large call everything counts as active."""
         self._copy("velocity", "refined")
         self._copy("identity", "active")
         self.blend(self.shape.tokens)
 
     def correct(self) -> None:
-        """velocity = base + D, where the small model is alone."""
-        self._glue(
+        """velocity = sketch + D, where the small model is alone."""
+        self._call(
             "correct",
-            base="base",
+            sketch="sketch",
             difference="difference",
             decay="correction",
             velocity="velocity",
@@ -190,22 +190,22 @@ class Workspace:
         )
         self._copy("next_difference", "difference")
 
-    def use_base(self) -> None:
-        """velocity = base."""
-        self._copy("base", "velocity")
+    def use_sketch(self) -> None:
+        """velocity = sketch."""
+        self._copy("sketch", "velocity")
 
     def keep_last(self) -> None:
-        """base = the last step's velocity: what unmasked tokens go on with where there is no small model."""
-        self._copy("last_velocity", "base")
+        """sketch = the last step's velocity: what unmasked tokens go on with where there is no small model."""
+        self._copy("last_velocity", "sketch")
 
     def score(self, tokens: int) -> None:
-        """Scores, ages and priority of all tokens, `tokens` of them fresh; then their ranks."""
-        self._glue(
+        """Scores, ages and priority of all tokens, `tokens` of them fresh."""
+        self._call(
             "score",
             difference="difference",
             active=("active", (self.shape.images, tokens)),
-            base="base",
-            last_base="last_base",
+            sketch="sketch",
+            last_sketch="last_sketch",
             scores="scores",
             age="age",
             decay="score_decay",
@@ -220,15 +220,15 @@ class Workspace:
 
     def count(self) -> int:
         """The most tokens of any image whose priority exceeds the threshold. Waits for the device."""
-        self._glue("rank", priority="priority", ranks="ranks")
-        self._glue("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
+        self._call("rank", priority="priority", ranks="ranks")
+        self._call("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
         return int(self._read("counts").max())
 
     def select(self, tokens: int) -> None:
         """The `tokens` best-ranked tokens of each image become active; cache rows of those that leave are kept."""
         images = self.shape.images
-        self._glue("rank", priority="priority", ranks="ranks")
-        self._glue(
+        self._call("rank", priority="priority", ranks="ranks")
+        self._call(
             "select",
             ranks="ranks",
             order="order",
@@ -250,15 +250,15 @@ class Workspace:
 
     def change(self) -> float:
         """How much the velocity moved since the last step. Waits for the device."""
-        self._glue("change", velocity="velocity", last_velocity="last_velocity", change="change")
+        self._call("change", velocity="velocity", last_velocity="last_velocity", change="change")
         return float(self._read("change")[0])
 
     def euler(self) -> None:
-        """x += dsigma * v; this step's velocity and base become the last ones."""
-        self._glue("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
+        """x += dsigma * v; this step's velocity and sketch become the last ones."""
+        self._call("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
         self._copy("next_latents", "latents")
         self._copy("velocity", "last_velocity")
-        self._copy("base", "last_base")
+        self._copy("sketch", "last_sketch")
 
     # -- what comes out ----------------------------------------------------------------------------------------------
     @property
@@ -271,7 +271,7 @@ class Workspace:
         self._write("latents", values)
 
     def is_finite(self) -> bool:
-        self._glue("finite", latents="latents", finite="finite")
+        self._call("finite", latents="latents", finite="finite")
         return bool(self._read("finite")[0])
 
     def active_mask(self, tokens: int) -> np.ndarray:
@@ -291,7 +291,7 @@ class Workspace:
         images, rows, channels = self.shape.images, self.shape.rows, spec.token_channels
         hidden = ("hidden_tokens", (rows, tokens, channels))
         positions = ("pos_ids", (rows, tokens))
-        self._glue(
+        self._call(
             "pack",
             latents="latents",
             token_ids=(ids, (images, tokens)),
@@ -316,7 +316,7 @@ class Workspace:
         )
         if guided:
             target = (result, (images, tokens, channels))
-            self._glue("guide", row_velocity=velocity, guidance_scale="guidance_scale", velocity=target)
+            self._call("guide", row_velocity=velocity, guidance_scale="guidance_scale", velocity=target)
 
     def _cache_of(self, name: str) -> list[str]:
         """The large model's cache buffers, made on first use: requests without the large model need none."""
@@ -329,9 +329,6 @@ class Workspace:
                 self._buffers[cache] = self.backend.empty((rows, spec.heads, length, spec.head_dim), "float32")
                 self._caches.append(cache)
         return self._caches
-
-    def _glue(self, name: str, **bindings: _Binding) -> None:
-        self._call(name, **bindings)
 
     def _call(self, name: str, **bindings: _Binding) -> None:
         """Executes an engine on the named buffers, or on views of their first elements, preparing it on first use."""

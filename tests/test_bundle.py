@@ -251,11 +251,12 @@ class Stop:
 CPU = "cpu"
 
 
-def graphs_only(bundle: Path) -> Path:
-    """Turns a complete bundle back into one whose backend has not finished it."""
+def outdated(bundle: Path) -> Path:
+    """Makes a part of a bundle look as if made from something else: a build makes it anew, and copies the rest."""
     final = bundle.with_name("tiny-cpu.hstb")
     bundle.rename(final)
-    rewrite(final, state="graphs")
+    parts = manifest(final)["parts"]
+    rewrite(final, parts=parts | {"scheduler": parts["scheduler"] | {"inputs": "0"}})
     return final
 
 
@@ -342,7 +343,7 @@ def test_a_crash_between_the_two_renames_of_a_commit_loses_nothing(
     bundle_copy: Path, tiny_recipe: Path, hst: Hst, crash_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = draw(bundle_copy)
-    final = graphs_only(bundle_copy)
+    final = outdated(bundle_copy)
     renames = 0
     rename = Path.rename
 
@@ -359,8 +360,8 @@ def test_a_crash_between_the_two_renames_of_a_commit_loses_nothing(
         assert hst(*build).code == 130
     assert final.exists() == (crash_at == 1)
 
-    # The bundle's graphs are put back and finished: on the machine of a user, there may be no torch to export them again.
-    monkeypatch.setattr("hst_trt.builder.build.export_bundle", lambda *_, **__: pytest.fail("exported again"))
+    # What is put back, or was staged, is not made again.
+    monkeypatch.setattr("hst_trt.export.exporter.check_transformer", lambda *_, **__: pytest.fail("exported again"))
     assert hst(*build).code == 0
     assert np.array_equal(draw(final), before)
     assert not final.with_name(f".{final.name}.old").exists()
@@ -368,7 +369,7 @@ def test_a_crash_between_the_two_renames_of_a_commit_loses_nothing(
 
 
 def test_a_second_build_of_the_same_bundle_is_told_to_wait(tiny_recipe: Path, hst: Hst, bundle_copy: Path) -> None:
-    final = graphs_only(bundle_copy)
+    final = outdated(bundle_copy)
     with Staging.open(final):
         with pytest.raises(ResourceError, match="another build"), Staging.open(final):
             pytest.fail("two builds have the lock")
@@ -394,10 +395,10 @@ def assert_full_then_fine(hst: Hst, final: Path, recipe: Path, fill: Callable[[]
     assert (result.code, result.out) == (5, "")
     assert str(final.parent) in result.err
     assert "run the same command again" in result.err
-    assert Bundle.open(final).manifest.state == "graphs"
     assert {file: hash_file(final / file) for file in files} == files
+    assert Bundle.open(final).manifest.parts["scheduler"].inputs == "0"
     assert hst(*build).code == 0
-    assert Bundle.open(final).manifest.state == "complete"
+    assert Bundle.open(final).manifest.parts["scheduler"].inputs != "0"
 
 
 def test_a_copy_that_meets_a_full_disk_ends_with_5_and_keeps_the_old_bundle(
@@ -415,7 +416,7 @@ def test_a_copy_that_meets_a_full_disk_ends_with_5_and_keeps_the_old_bundle(
 
     with monkeypatch.context() as patched:
         fill = lambda: patched.setattr(shutil, "copyfile", full)
-        assert_full_then_fine(hst, graphs_only(bundle_copy), tiny_recipe, fill, patched.undo)
+        assert_full_then_fine(hst, outdated(bundle_copy), tiny_recipe, fill, patched.undo)
     assert copies == 4
 
 
@@ -423,7 +424,7 @@ def test_a_limit_on_file_sizes_ends_with_5_and_keeps_the_old_bundle(bundle_copy:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     free = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_full_then_fine(hst, graphs_only(bundle_copy), tiny_recipe, fill, free)
+    assert_full_then_fine(hst, outdated(bundle_copy), tiny_recipe, fill, free)
 
 
 def test_a_disk_that_is_really_full_ends_with_5_and_keeps_the_old_bundle(
@@ -437,7 +438,7 @@ def test_a_disk_that_is_really_full_ends_with_5_and_keeps_the_old_bundle(
         pytest.skip("needs the right to mount a small disk")
     try:
         final = disk / "tiny-cpu.hstb"
-        shutil.copytree(graphs_only(bundle_copy), final)
+        shutil.copytree(outdated(bundle_copy), final)
         grow = lambda: subprocess.run(["mount", "-o", f"remount,size={4 * size}", str(disk)], check=True)
         assert_full_then_fine(hst, final, tiny_recipe, lambda: None, grow)
     finally:
@@ -520,9 +521,11 @@ def test_an_unchanged_pair_is_not_exported_again_and_a_changed_one_is_and_says_w
     assert result.code == 0
     assert "not built: nothing it was made from has changed" in result.err
     assert (final / "manifest.json").stat().st_mtime_ns == stamp
-    rewrite(final, inputs=manifest(final)["inputs"] | {"scheduler": "0"})
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(load_recipe(str(tiny_recipe)), load_target(CPU), final, on_part=Stop(0))
+    parts = manifest(final)["parts"]
+    rewrite(final, parts=parts | {"scheduler": parts["scheduler"] | {"inputs": "0"}})
+    outcome = export_bundle(load_recipe(str(tiny_recipe)), load_target(CPU), final, on_part=(seen := Stop()))
+    assert outcome.reasons == ("scheduler is made from something else now",)
+    assert seen.made == {"scheduler"}, "the other parts are taken over"
     damaged = final / "scheduler.json"
     flip_one_byte(damaged)
     with pytest.raises(KeyboardInterrupt):  # it is made anew, rather than taken for unchanged
@@ -530,10 +533,10 @@ def test_an_unchanged_pair_is_not_exported_again_and_a_changed_one_is_and_says_w
 
 
 def test_a_bundle_of_graphs_cannot_be_run_and_says_how_to_finish_it(bundle_copy: Path, hst: Hst) -> None:
-    final = graphs_only(bundle_copy)
-    with pytest.raises(IncompatibleError, match="hst-trt build --gpu cpu --pair tiny"):
-        HybridStitchPipeline.from_bundle(final)
-    assert hst("run", "--bundle", final, "--prompt", "x").code == 3
+    rewrite(bundle_copy, state="graphs")
+    with pytest.raises(IncompatibleError, match="`hst-trt build --gpu cpu`"):
+        HybridStitchPipeline.from_bundle(bundle_copy)
+    assert hst("run", "--bundle", bundle_copy, "--prompt", "x").code == 3
 
 
 def test_a_bundle_for_a_gpu_is_refused_on_a_cpu(bundle_copy: Path, hst: Hst) -> None:
@@ -558,3 +561,31 @@ def test_a_folder_that_is_no_bundle_is_not_advised_to_be_deleted(tmp_path: Path,
         assert result.code in (4, 6)
         assert "delete" not in result.err
         assert "hst-trt build" in result.err
+
+
+def test_a_changed_recipe_is_taken_up_without_exporting_again(bundle_copy: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    final = bundle_copy.with_name("tiny-cpu.hstb")
+    bundle_copy.rename(final)
+    recipe = load_recipe(str(tiny_recipe))
+    more = recipe.model_copy(update={"limits": recipe.limits.model_copy(update={"max_images": 3})})
+    outcome = build_bundle(more, load_target(CPU), final, on_part=(seen := Stop()))
+    assert outcome.reasons == ("recipe is made from something else now",)
+    assert not seen.made
+    assert Bundle.open(final).manifest.limits.max_images == 3
+    assert not build_bundle(more, load_target(CPU), final).made
+
+
+def test_a_recipe_of_the_users_own_is_not_mistaken_for_the_shipped_one(tiny_recipe: Path, tmp_path: Path) -> None:
+    mine = load_recipe(str(tiny_recipe)).model_copy(update={"name": "demo"})
+    with pytest.raises(KeyboardInterrupt):  # it is exported
+        build_bundle(mine, load_target(CPU), tmp_path / "demo-cpu.hstb", on_part=Stop(0))
+
+
+def test_a_bundle_is_usable_where_its_models_and_exporter_are_not(
+    bundle_copy: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = bundle_copy.with_name("tiny-cpu.hstb")
+    bundle_copy.rename(final)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = build_bundle(load_recipe(str(tiny_recipe)), load_target(CPU), final)
+    assert not outcome.made

@@ -259,8 +259,9 @@ def test_a_picture_says_how_it_was_drawn(run: Hst, tiny_bundle: Path) -> None:
     assert lines[:2] == [prompt, "Negative prompt: blue"]
     assert lines[2].startswith("Steps: 4, Sampler: Euler, CFG scale: 3.0, Seed: 7, Size: 64x64, Model: tiny-cpu")
     assert settings["prompt"] == prompt
-    assert settings["stages"] == [1, 2, 1]
-    assert (settings["seed"], settings["correction"], settings["mask_ratio"]) == (7, 0.5, 0.3)
+    assert settings["plan"]["stages"] == [1, 2, 1]
+    assert settings["stages_run"] == {"large": 1, "hybrid": 2, "small": 1}
+    assert (settings["seed"], settings["plan"]["correction"], settings["plan"]["mask"]["ratio"]) == (7, 0.5, 0.3)
     assert settings["fingerprint"] == Bundle.open(tiny_bundle).manifest.fingerprint
 
 
@@ -417,7 +418,7 @@ def test_a_pair_that_cannot_be_stitched_exits_with_3_and_every_difference(tiny_p
     result = hst("build", "--gpu", "cpu", "--pair", "two.toml")
     failed(
         result, 3, "cannot be stitched", "latent channels 16 (large) and 4 (small)", "text width 128 (large) and 4096 (small)",
-        "pooled text width 128 (large) and 8 (small)", "sigma shift 1.0 (large) and 7.5 (small)", "VAE scaling_factor",
+        "pooled text width 128 (large) and 8 (small)", "(large) and 7.5 (small)", "VAE scaling_factor",
         "and 0.5 (small)", "VAE shift_factor", "choose two models of one family",
     )  # fmt: skip
     assert not Path("home").exists()

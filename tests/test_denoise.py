@@ -62,31 +62,31 @@ class Reference:
         plan, rule = self.plan, self.plan.mask or MaskRule()
         everything = list(range(N))
         difference, scores, age = torch.zeros_like(x), torch.zeros(N), torch.zeros(N)
-        base = last_base = last_velocity = torch.zeros_like(x)
+        sketch = last_sketch = last_velocity = torch.zeros_like(x)
         mask: list[int] = []
         counts = []
         for t, step in enumerate(plan.steps):
             tokens = everything if step.large_tokens == N else mask if step.large_tokens != 0 else []
             counts.append(len(tokens))
             if step.small:
-                base = self.velocity(self.small, x, t, everything)
+                sketch = self.velocity(self.small, x, t, everything)
             elif step.redraw or 0 < len(tokens) < N:
-                base = last_velocity
+                sketch = last_velocity
             faded = plan.correction * difference
             compares = len(tokens) < N or step.small or step.redraw
-            velocity = base + faded
+            velocity = sketch + faded
             if tokens:
                 refined = self.velocity(self.large, x, t, tokens)
                 velocity = velocity.clone()
                 velocity[:, tokens] = refined
                 if compares:
                     faded = faded.clone()
-                    faded[:, tokens] = refined - base[:, tokens]
+                    faded[:, tokens] = refined - sketch[:, tokens]
             if compares and (tokens or plan.correction):
                 difference = faded
             if step.redraw:
                 fresh = set(tokens)
-                moved = rule.drift * (base - last_base).abs().mean(-1)[0]
+                moved = rule.drift * (sketch - last_sketch).abs().mean(-1)[0]
                 carried = rule.decay * scores + moved
                 now = difference.abs().mean(-1)[0]
                 scores = torch.tensor([float(now[n]) if n in fresh else float(carried[n]) for n in range(N)])
@@ -104,7 +104,7 @@ class Reference:
                     count = next(b for b in plan.request.buckets if b >= exceeding)
                 mask = sorted(ranked[:count]) if count < N else everything
             x = x + float(self.table.delta_sigmas[t]) * velocity
-            last_velocity, last_base = velocity, base
+            last_velocity, last_sketch = velocity, sketch
         return x, counts
 
 

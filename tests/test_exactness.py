@@ -105,7 +105,7 @@ def test_a_full_call_on_a_cache_of_nan_equals_diffusers(begin: Open, models, h: 
 def test_the_small_call_equals_diffusers(begin: Open, models) -> None:
     ws = begin(images=2)
     ws.small()
-    assert distance(ws._read("base"), diffusers_velocity(models[1], ws)) < 1e-5
+    assert distance(ws._read("sketch"), diffusers_velocity(models[1], ws)) < 1e-5
 
 
 @pytest.mark.parametrize("count", [8, 24, 56])

@@ -73,7 +73,7 @@ def test_a_token_left_out_long_enough_returns_even_if_its_score_is_zero() -> Non
         out = run(
             "score",
             dict(
-                difference=difference, active=active, base=tokens, last_base=tokens, scores=scores, age=age,
+                difference=difference, active=active, sketch=tokens, last_sketch=tokens, scores=scores, age=age,
                 decay=number(1.0), drift=number(0.0), starvation=number(0.05),
             ),
         )  # fmt: skip

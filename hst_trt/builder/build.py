@@ -10,10 +10,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.util
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,16 @@ from ..bundle import (
     SCHEMA_VERSION,
     Bundle,
     Manifest,
+    PartEntry,
     Staging,
     TargetEntry,
     fingerprint,
     link_or_copy,
     recover,
 )
-from ..disk import translated_disk_errors
 from ..errors import HstError, MissingError
 from ..plan import BUCKET_RATIOS
-from ..recipe import Recipe, Target
+from ..recipe import Recipe, Target, load_recipe
 from ..tensor_names import LARGE, SMALL, VAE_DECODER
 from . import onnxruntime, tensorrt
 
@@ -59,23 +59,61 @@ class BuildOutcome:
 def export_bundle(
     recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = lambda name, made: None
 ) -> BuildOutcome:
-    """Exports the graphs of a pair into the bundle at `final`, in the state "graphs".
+    """Exports the graphs of a pair into the bundle at `final`. For a CPU that is all there is to build; for a GPU the bundle
+    is left in the state "graphs".
 
     Raises:
         MissingError: a model or one of the packages torch, diffusers, transformers, onnx is not there.
         HstError: the pair does not fit, a check failed, or the disk is full.
     """
     exporter = _exporter(recipe, target)
-    recover(final)
-    reasons = ("--force was given",) if force else _differences(final, exporter.inputs)
-    if not reasons:
-        return BuildOutcome(Bundle.open(final), made=False, reasons=("nothing it was made from has changed",))
-    with translated_disk_errors(final), Staging.open(final) as staging:
+    existing, trouble = _look(final, target)
+    return _export(exporter, final, existing, trouble, force, on_part)
+
+
+def build_bundle(
+    recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = lambda name, made: None
+) -> BuildOutcome:
+    """Builds a complete bundle at `final`.
+
+    Raises:
+        MissingError: the target's GPU or TensorRT is not here; the graphs are kept in the bundle, and the error names the
+            command that finishes it.
+    """
+    existing, trouble = _look(final, target)
+    if _is_shipped(recipe, target) and (existing is None or "shipped" in existing.manifest.parts):
+        shipped = {"shipped": _shipped_hash()}
+        reasons = _reasons(existing, trouble, shipped, force)
+        if existing is not None and not reasons:
+            return _unchanged(existing)
+        return BuildOutcome(_install_shipped(final), made=True, reasons=reasons)
+    if existing is not None and not force and not _changes_seen_from_here(existing, recipe, target):
+        if existing.manifest.state == "graphs":
+            tensorrt.finish(existing, target, recipe.given_as)
+        return _unchanged(existing)
+    outcome = _export(_exporter(recipe, target), final, existing, trouble, force, on_part)
+    if outcome.bundle.manifest.state == "graphs":
+        tensorrt.finish(outcome.bundle, target, recipe.given_as)
+    return outcome
+
+
+def _export(
+    exporter: PairExporter, final: Path, existing: Bundle | None, trouble: str, force: bool, on_part: OnPart
+) -> BuildOutcome:
+    recipe, target = exporter.recipe, exporter.target
+    inputs = exporter.inputs | {"recipe": _recipe_hash(recipe)}
+    reasons = _reasons(existing, trouble, inputs, force)
+    if existing is not None and not reasons:
+        return _unchanged(existing)
+    with Staging.open(final) as staging:
         if force:
             staging.clear()
+        elif existing is not None:
+            staging.adopt(existing, inputs)
         exported = exporter.run(staging, on_part)
         files = staging.files(exported.parts)
-        entry = _target_entry(target, backend_version="")
+        entry = _target_entry(target)
+        parts = {name: PartEntry(inputs=digest, files=tuple(staging.files([name]))) for name, digest in exporter.inputs.items()}
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=final.stem,
@@ -94,41 +132,16 @@ def export_bundle(
             limits=recipe.limits,
             bucket_ratios=BUCKET_RATIOS,
             files=files,
-            inputs=exporter.inputs,
+            parts=parts | {"recipe": PartEntry(inputs=inputs["recipe"])},
             fingerprint=fingerprint(files, entry),
         )
+        if target.backend == "onnxruntime":
+            manifest = onnxruntime.completed(manifest)
         return BuildOutcome(staging.commit(manifest), made=True, reasons=reasons)
 
 
-def build_bundle(
-    recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = lambda name, made: None
-) -> BuildOutcome:
-    """Builds a complete bundle at `final`.
-
-    Raises:
-        MissingError: the target's GPU or TensorRT is not here; the graphs are kept in the bundle, and the error names the
-            command that finishes it.
-    """
-    finish = onnxruntime.finish if target.backend == "onnxruntime" else partial(tensorrt.finish, pair=recipe.given_as)
-    recover(final)
-    existing = None if force else _open_if_sound(final, target)
-    shipped = recipe.name == "demo" and target.backend == "onnxruntime" and shipped_demo() is not None
-    if shipped and (existing is None or "shipped" in existing.manifest.inputs):
-        reasons = ("--force was given",) if force else _differences(final, _shipped_inputs())
-        if existing is not None and not reasons:
-            return BuildOutcome(existing, made=False, reasons=("nothing it was made from has changed",))
-        return BuildOutcome(finish(_install_shipped(final), target), made=True, reasons=reasons)
-    if existing is not None and not (reasons := _differences_if_known(recipe, target, final)):
-        if existing.manifest.state == "complete":
-            return BuildOutcome(existing, made=False, reasons=("nothing it was made from has changed",))
-        finished = finish(existing, target)
-        return BuildOutcome(finished, made=True, reasons=("its graphs were there, its engines were not",))
-    outcome = export_bundle(recipe, target, final, force=force, on_part=on_part)
-    return BuildOutcome(finish(outcome.bundle, target), made=True, reasons=outcome.reasons)
-
-
-def _exporter(recipe: Recipe, target: Target) -> PairExporter:
-    """An exporter for the pair.
+def _exporter(recipe: Recipe, target: Target, *, download: bool = True) -> PairExporter:
+    """An exporter for the pair, whose models are fetched if need be and if `download` allows it.
 
     Raises:
         MissingError: one of the packages that exporting needs is not installed, or a model is not there.
@@ -141,7 +154,7 @@ def _exporter(recipe: Recipe, target: Target) -> PairExporter:
         )
     from ..export.exporter import PairExporter
 
-    return PairExporter(recipe, target)
+    return PairExporter(recipe, target, download=download)
 
 
 # -- the demo pair's graphs, which ship with the package -------------------------------------------------------------------
@@ -150,13 +163,20 @@ def shipped_demo() -> Path | None:
     return _SHIPPED if (_SHIPPED / "manifest.json").is_file() else None
 
 
-def _shipped_inputs() -> dict[str, str]:
-    return {"shipped": hashlib.sha256((_SHIPPED / "manifest.json").read_bytes()).hexdigest()}
+def _is_shipped(recipe: Recipe, target: Target) -> bool:
+    """Whether a build is of the very recipe whose graphs ship: a recipe of the user's own may have the same name."""
+    if target.backend != "onnxruntime" or shipped_demo() is None:
+        return False
+    return _recipe_hash(recipe) == _recipe_hash(load_recipe("demo"))
+
+
+def _shipped_hash() -> str:
+    return hashlib.sha256((_SHIPPED / "manifest.json").read_bytes()).hexdigest()
 
 
 def _install_shipped(final: Path) -> Bundle:
     manifest = Manifest.model_validate_json((_SHIPPED / "manifest.json").read_bytes())
-    with translated_disk_errors(final), Staging.open(final) as staging:
+    with Staging.open(final) as staging:
         staging.clear()
         for name in manifest.files:
             source = _SHIPPED / name
@@ -164,45 +184,73 @@ def _install_shipped(final: Path) -> Bundle:
                 component = Path(name).parts[1]
                 source = _DATA / "demo_pair" / _COMPONENTS.get(component, component) / Path(name).name
             link_or_copy(source, staging.path / name)
-        update = {"name": final.stem, "created": _now(), "inputs": _shipped_inputs()}
-        return staging.commit(manifest.model_copy(update=update))
+        parts = {"shipped": PartEntry(inputs=_shipped_hash(), files=tuple(manifest.files))}
+        update = {"name": final.stem, "created": _now(), "parts": parts}
+        return staging.commit(onnxruntime.completed(manifest.model_copy(update=update)))
 
 
 # -- what changed ----------------------------------------------------------------------------------------------------------
-def _open_if_sound(final: Path, target: Target) -> Bundle | None:
-    """The bundle that is there, unless it is damaged or for another target (then it is built anew)."""
+def _look(final: Path, target: Target) -> tuple[Bundle | None, str]:
+    """The bundle that is there, or None and why it cannot be taken as it is."""
+    recover(final)
     try:
         bundle = Bundle.open(final)
-    except HstError:
-        return None
-    return bundle if bundle.manifest.target.name == target.name else None
-
-
-def _differences(final: Path, inputs: dict[str, str]) -> tuple[str, ...]:
-    """Why the bundle at `final` is not what `inputs` would give; empty if it is."""
-    try:
-        before = Bundle.open(final).manifest.inputs
     except MissingError:
-        return ("there is no bundle yet",)
+        return None, "there is no bundle yet"
     except HstError as exc:
-        return (f"the bundle that is there cannot be used: {exc.problem}",)
-    parts = sorted(before.keys() | inputs.keys())
-    return tuple(f"{part} is made from something else now" for part in parts if before.get(part) != inputs.get(part))
+        return None, f"the bundle that is there cannot be used: {exc.problem}"
+    if bundle.manifest.target.name != target.name:
+        return None, f"the bundle that is there is for {bundle.manifest.target.name}"
+    return bundle, ""
 
 
-def _differences_if_known(recipe: Recipe, target: Target, final: Path) -> tuple[str, ...]:
-    """As `_differences`, for a bundle that may have been carried here: without its models or torch it is taken as it is."""
+def _reasons(existing: Bundle | None, trouble: str, inputs: dict[str, str], force: bool) -> tuple[str, ...]:
+    """Why a bundle is to be made; empty if the one that is there is what `inputs` would give."""
+    if force:
+        return ("--force was given",)
+    if existing is None:
+        return (trouble,)
+    before = {name: part.inputs for name, part in existing.manifest.parts.items()}
+    changed = sorted(name for name in before.keys() | inputs.keys() if before.get(name) != inputs.get(name))
+    return tuple(f"{name} is made from something else now" for name in changed)
+
+
+def _changes_seen_from_here(existing: Bundle, recipe: Recipe, target: Target) -> bool:
+    """Whether a bundle's models or recipe have changed.
+
+    Graphs that wait for their engines may have been carried here: only their recipe is compared. So are those whose models
+    or whose exporter are not on this machine; nothing is downloaded for a comparison.
+    """
+    recipe_part = existing.manifest.parts.get("recipe")
+    if recipe_part is None or recipe_part.inputs != _recipe_hash(recipe):
+        return True
+    if existing.manifest.state == "graphs":
+        return False
     try:
-        return _differences(final, _exporter(recipe, target).inputs)
+        inputs = _exporter(recipe, target, download=False).inputs | {"recipe": recipe_part.inputs}
     except MissingError:
-        return ()
+        return False
+    return bool(_reasons(existing, "", inputs, force=False))
 
 
-def _target_entry(target: Target, backend_version: str) -> TargetEntry:
+def _recipe_hash(recipe: Recipe) -> str:
+    """Of all that a recipe says; of a local directory only the name, since a bundle may be carried to another machine."""
+    content = recipe.model_dump(mode="json", exclude={"given_as"})
+    for role in ("large", "small"):
+        if Path(content[role]["source"]).is_absolute():
+            content[role]["source"] = Path(content[role]["source"]).name
+    return hashlib.sha256(json.dumps([content, BUCKET_RATIOS], sort_keys=True).encode()).hexdigest()
+
+
+def _unchanged(bundle: Bundle) -> BuildOutcome:
+    return BuildOutcome(bundle, made=False, reasons=("nothing it was made from has changed",))
+
+
+def _target_entry(target: Target) -> TargetEntry:
     return TargetEntry(
         name=target.name,
         backend=target.backend,
-        backend_version=backend_version,
+        backend_version="",
         precision=target.precision,
         os=platform.system().lower(),
         arch=platform.machine(),

@@ -14,6 +14,7 @@ __all__ = [
     "GraphEntry",
     "Manifest",
     "ModelEntry",
+    "PartEntry",
     "TargetEntry",
     "TensorEntry",
     "TokenizerEntry",
@@ -69,6 +70,13 @@ class TargetEntry(_Entry):
     arch: str
 
 
+class PartEntry(_Entry):
+    """A part is made in one go: equal inputs need no new making."""
+
+    inputs: str  # a hash of what it was made from
+    files: tuple[str, ...] = ()
+
+
 class Manifest(_Entry):
     """``manifest.json``."""
 
@@ -89,5 +97,5 @@ class Manifest(_Entry):
     limits: Limits
     bucket_ratios: tuple[float, ...]
     files: dict[str, FileEntry]
-    inputs: dict[str, str]  # for each part, a hash of what it was made from: equal inputs need no new build
+    parts: dict[str, PartEntry]
     fingerprint: str  # over everything that decides the content: hashes of all files, and the target

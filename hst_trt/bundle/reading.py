@@ -57,10 +57,12 @@ class Bundle:
         _check_references(folder, manifest)
         bundle = cls(folder, manifest)
         try:
-            _ = bundle.spec
-        except (KeyError, TypeError) as exc:
+            _ = bundle.spec, bundle.scheduler
+        except (KeyError, TypeError, ValueError, OSError) as exc:
             raise IntegrityError(
-                f"{folder} does not describe its models", found=f"no {exc}", fix="run `hst-trt build --force` again"
+                f"{folder} does not describe its models or its scheduler",
+                found=f"{type(exc).__name__}: {exc}",
+                fix="run `hst-trt build --force` again",
             ) from exc
         if check_hashes:
             verify_files(folder, manifest.files, progress)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,18 @@ class Staging:
         shutil.rmtree(self.path)
         self.path.mkdir()
         self._parts = {}
+
+    def adopt(self, bundle: Bundle, inputs: Mapping[str, str]) -> None:
+        """Takes over the parts of an older bundle that `inputs` would give again."""
+        m = bundle.manifest
+        for name, part in m.parts.items():
+            if part.files and part.inputs == inputs.get(name) and self.part(name, part.inputs) is None:
+                for file in part.files:
+                    link_or_copy(bundle.path / file, self.path / file)
+                graphs = {key: graph.model_dump() for key, graph in m.graphs.items() if graph.path in part.files}
+                tokenizers = [entry.model_dump() for entry in m.tokenizers if entry.path in part.files]
+                result = {"graphs": graphs, "tokenizers": tokenizers}
+                self.finish(name, part.inputs, [self.path / file for file in part.files], result)
 
     def part(self, name: str, inputs: Any) -> dict[str, Any] | None:
         """What a finished part left in the journal, if it was made from the same `inputs` and its files are still whole."""
@@ -193,7 +205,8 @@ def fingerprint(files: dict[str, FileEntry], target: TargetEntry) -> str:
 def link_or_copy(source: Path, target: Path) -> None:
     """Puts a file into a bundle, without a second copy of its bytes if it is large and the file system allows that.
 
-    Small files are always copied: a hard link would let damage to the bundle reach the model it was built from.
+    A hard link shares its bytes with the model it was built from, so what damages one damages both (and the hashes will
+    say so); that is worth it for gigabytes only, and smaller files are copied.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ __all__ = ["bench"]
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; off at 1 and below.")
 @click.option("--rounds", type=int, default=15, show_default=True, help="Interleaved rounds of calls.")
 @click.option("--run-rounds", type=int, default=5, show_default=True, help="Interleaved rounds of whole runs; 0 for none.")
-@click.option("--threads", type=int, default=0, help="Threads of a call; 0 takes one per physical core.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def bench(
     bundle: str | None,

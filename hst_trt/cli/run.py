@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,18 +148,17 @@ def _settings(
     """What is needed to draw the picture again; goes into the PNG."""
     request = output.plan.request
     assert request is not None
+    manifest = pipeline.bundle.manifest
     return {
         "prompt": prompt,
         "negative_prompt": negative or "",
-        "steps": len(output.plan.steps),
-        "guidance_scale": pipeline.bundle.manifest.defaults.guidance_scale if guidance is None else guidance,
+        "guidance_scale": manifest.defaults.guidance_scale if guidance is None else guidance,
         "seed": output.seeds[0],
-        "schedule": request.schedule,
-        "stages": list(output.plan.stage_lengths.values()),
-        "mask_ratio": output.plan.mask.ratio if output.plan.mask else None,
-        "correction": output.plan.correction,
-        "model": pipeline.bundle.manifest.name,
-        "fingerprint": pipeline.bundle.manifest.fingerprint,
+        "steps": len(output.plan.steps),
+        "stages_run": {stage.value: stats.steps for stage, stats in output.stats.stages.items()},
+        "plan": dataclasses.asdict(request),
+        "model": manifest.name,
+        "fingerprint": manifest.fingerprint,
     }
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from diffusers import SD3Transformer2DModel
 
-from ..errors import BuildError, NumericsError
+from ..errors import BuildError, IntegrityError, NumericsError
 from ..models.glue import REFERENCE
+from ..models.sd3 import TokenTransformer
 from ..spec import TransformerSpec
 from .graph import GraphBuilder, Precision
 from .text import clip_text_graph, t5_encoder_graph
@@ -57,71 +59,88 @@ def check_structure(path: Path, precision: Precision) -> None:
             raise BuildError(f"{path}: {value.name} has ONNX type {kind}, but the graph's precision is {precision}")
 
 
-def check_transformer(folder: Path, config: dict[str, Any], *, cached: bool) -> float:
-    """The twin in ONNX Runtime against diffusers: three sizes, full calls on a cache of NaN, then masked ones.
+def check_transformer(folder: Path, config: dict[str, Any], *, cached: bool, static: bool = False) -> float:
+    """The twin in ONNX Runtime against torch: three sizes, full calls on a cache of NaN, then masked ones on a stale cache.
+
+    Full calls are compared with diffusers' own forward, masked ones with `hst_trt.models.sd3.TokenTransformer`; each side
+    keeps a cache of its own.
 
     Args:
         folder: where the weights are and the twin graph may be written for a moment.
+        static: check the flavour whose cache has a static length.
 
     Returns:
         The largest error relative to the largest value.
     """
-    from diffusers import SD3Transformer2DModel
+    from ..models.sd3 import unpatchify
 
-    from ..models.sd3 import TokenTransformer, unpatchify
-
-    dual = list(config.get("dual_attention_layers") or ())
-    layers = sorted({0, *dual[-1:], config["num_layers"] - 1})
-    weights = WeightStore(folder)
-    twin_config = {k: v for k, v in config.items() if not k.startswith("_")} | {
-        "num_layers": len(layers),
-        "dual_attention_layers": tuple(i for i, layer in enumerate(layers) if layer in dual),
-    }
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(**twin_config)
-    names = {key: _twin_key(key, layers) for key in weights}
-    model.load_state_dict({name: _tensor(weights, key) for key, name in names.items() if name}, assign=True)
-    module = TokenTransformer(model.eval().requires_grad_(False), cached)
-    graph = transformer_graph(config, weights, "float32", cached=cached, layers=layers)
-    worst, rng = 0.0, np.random.default_rng(0)
+    model, layers = _twin(folder, config)
+    module = TokenTransformer(model, cached)
     spec = TransformerSpec.from_config(config)
-    with _session(graph, folder) as run:
+    text, rows, worst = 6, 2, 0.0
+    most = max(h * w for h, w in _GRIDS) + 3
+    cache_rows = (text, most) if static else None
+    graph = transformer_graph(config, WeightStore(folder), "float32", cached=cached, cache_rows=cache_rows, layers=layers)
+    rng = np.random.default_rng(0)
+
+    def empty_cache(image_rows: int) -> dict[str, np.ndarray]:
+        lengths = [text + image_rows] * 2 * len(layers) + [image_rows] * 2 * len(module.dual)
+        shapes = zip(module.cache_names, lengths, strict=False)  # without a cache there are no names
+        return {name: np.full((rows, spec.heads, length, spec.head_dim), np.nan, np.float32) for name, length in shapes}
+
+    with _session(graph, folder) as run, torch.no_grad():
         for h, w in _GRIDS:
-            n, text, rows = h * w, 6, 2
+            n = h * w
             inputs = {
                 "hidden_tokens": _normal(rng, rows, n, spec.token_channels),
                 "pos_ids": np.tile(spec.position_ids(h, w), (rows, 1)),
                 "timestep": np.array([900.0, 250.5], np.float32),
-                "encoder_hidden_states": _normal(rng, rows, text, config["joint_attention_dim"]),
-                "pooled_projections": _normal(rng, rows, config["pooled_projection_dim"]),
+                "encoder_hidden_states": _normal(rng, rows, text, spec.text_width),
+                "pooled_projections": _normal(rng, rows, spec.pooled_width),
             }
-            lengths = [n + text] * 2 * len(layers) + [n] * 2 * len(module.dual)
-            caches = {
-                name: np.full((rows, spec.heads, length, spec.head_dim), np.nan, np.float32)
-                for name, length in zip(module.cache_names, lengths, strict=False)
-            }
-            full, caches = _split(run(inputs | caches))
-            with torch.no_grad():
-                latents = unpatchify(torch.from_numpy(inputs["hidden_tokens"]), h, w, config["patch_size"])
-                named = {k: torch.from_numpy(v) for k, v in inputs.items() if k not in ("hidden_tokens", "pos_ids")}
-                expected = model(latents, **named).sample
-            got = unpatchify(torch.from_numpy(full), h, w, config["patch_size"])
-            worst = max(worst, _error(got.numpy(), expected.numpy()))
-            for count in (n // 2, 3) if cached else ():
-                fewer = inputs | {key: inputs[key][:, :count] for key in ("hidden_tokens", "pos_ids")}
-                fewer["hidden_tokens"] = fewer["hidden_tokens"] + np.float32(0.1)  # so that the cache is really stale
-                tensors = {k: torch.from_numpy(v.copy()) for k, v in (fewer | caches).items()}
-                with torch.no_grad():
-                    reference = module(**tensors)["velocity"].numpy()
-                masked, caches = _split(run(fewer | caches))
-                worst = max(worst, _error(masked, reference))
+            slots = {"token_slots": np.arange(n)} if static and cached else {}
+            ours = empty_cache(most if static else n)
+            theirs = {name: torch.from_numpy(values) for name, values in empty_cache(n).items()}
+            for count in (n, n // 2, 3) if cached else (n,):
+                tokens = {name: np.ascontiguousarray(inputs[name][:, :count]) for name in ("hidden_tokens", "pos_ids")}
+                feeds = inputs | tokens
+                velocity, ours = _split(run(feeds | slots | ours))
+                expected = module(**{name: torch.from_numpy(values) for name, values in feeds.items()}, **theirs)["velocity"]
+                worst = max(worst, _error(velocity, expected.numpy()))
+                if count == n:
+                    latents = unpatchify(torch.from_numpy(inputs["hidden_tokens"]), h, w, config["patch_size"])
+                    rest = {k: torch.from_numpy(v) for k, v in inputs.items() if k not in tokens}
+                    full = unpatchify(torch.from_numpy(velocity), h, w, config["patch_size"])
+                    worst = max(worst, _error(full.numpy(), model(latents, **rest).sample.numpy()))
+                inputs["hidden_tokens"] = inputs["hidden_tokens"] + np.float32(0.1)  # so that the cache is really stale
     return _accept(worst, "the transformer's graph", folder)
+
+
+def _twin(folder: Path, config: dict[str, Any]) -> tuple[SD3Transformer2DModel, list[int]]:
+    """The true model's first, one dual-attention and last block as a model of their own, and their numbers."""
+    dual = list(config.get("dual_attention_layers") or ())
+    layers = sorted({0, *dual[-1:], config["num_layers"] - 1})
+    twin = {k: v for k, v in config.items() if not k.startswith("_")} | {
+        "num_layers": len(layers),
+        "dual_attention_layers": tuple(i for i, layer in enumerate(layers) if layer in dual),
+    }
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**twin)
+    weights = WeightStore(folder)
+    names = {key: _twin_key(key, layers) for key in weights}
+    try:
+        model.load_state_dict({name: _tensor(weights, key) for key, name in names.items() if name}, assign=True)
+    except RuntimeError as exc:
+        raise IntegrityError(
+            f"the weights in {folder} do not belong to its config.json", found=str(exc).splitlines()[-1].strip()
+        ) from exc
+    return model.eval().requires_grad_(False), layers
 
 
 def check_clip(folder: Path, config: dict[str, Any], length: int) -> float:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    config = config | {"num_hidden_layers": 2}
+    config = config | {"num_hidden_layers": min(2, config["num_hidden_layers"])}
     model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (3, length))
     ids[:, -1] = config["vocab_size"] - 1 if config["eos_token_id"] == 2 else config["eos_token_id"]
@@ -182,7 +201,10 @@ def check_vae(folder: Path, config: dict[str, Any], patch: int) -> float:
         for h, w in _GRIDS:
             latents = torch.from_numpy(_normal(np.random.default_rng(h), 2, config["latent_channels"], h * patch, w * patch))
             tokens = patchify(latents, patch).reshape(2, h, w, -1).numpy()
-            decoded = model.decode(latents / config["scaling_factor"] + (config["shift_factor"] or 0.0), return_dict=False)[0]
+            scaling, shift = model.config.scaling_factor, model.config.shift_factor or 0.0
+            decoded = model.decode(latents / scaling + shift, return_dict=False)[0]
+            if not decoded.isfinite().all():
+                raise NumericsError(f"the VAE decoder of {folder} gives values that are not finite")
             expected = (processor.postprocess(decoded, output_type="np") * 255).round()
             worst = max(worst, float(np.abs(run({"latent_tokens": tokens})["image"].astype(np.float32) - expected).max()))
     if worst > 1:
@@ -194,19 +216,27 @@ def check_glue(graphs: dict[str, Path]) -> float:
     """Each glue graph against its torch formula, at three sizes."""
     worst = 0.0
     for name, path in graphs.items():
-        if name not in _GLUE_SAMPLES:
-            continue
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_outputs()]
         for batch, (h, w) in enumerate(_GRIDS, start=1):
-            feeds = glue_sample(name, batch, h, w, max(1, h * w // 2), np.random.default_rng(7))
-            expected = REFERENCE[name](**{key: torch.from_numpy(value) for key, value in feeds.items()})
+            rng = np.random.default_rng(batch)
+            active = max(1, h * w // 2)
+            feeds = _text_sample(session, rng) if name == "join_text" else glue_sample(name, batch, h, w, active, rng)
+            tensors = {key: torch.from_numpy(value) for key, value in feeds.items()}
+            if name == "join_text" and "hidden_3" not in tensors:  # a pair without T5 gets zeros in its place
+                length = session.get_outputs()[0].shape[1] - feeds["hidden_1"].shape[1]
+                tensors["hidden_3"] = torch.zeros(2, length, session.get_outputs()[0].shape[2])
+            expected = REFERENCE[name](**tensors)
             for key, value in zip(names, session.run(names, feeds), strict=True):
                 worst = max(worst, _error(value, expected[key].numpy()))
     return _accept(worst, "a glue graph", next(iter(graphs.values())).parent)
 
 
-_GLUE_SAMPLES = tuple(name for name in REFERENCE if name != "join_text")
+def _text_sample(session: ort.InferenceSession, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random inputs of join_text: two prompts for three rows."""
+    shapes = {node.name: [2 if isinstance(axis, str) else axis for axis in node.shape] for node in session.get_inputs()}
+    del shapes["prompt_index"]
+    return {name: _normal(rng, *shape) for name, shape in shapes.items()} | {"prompt_index": np.array([1, 0, 1])}
 
 
 def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -233,16 +263,16 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
         case "guide":
             return {"row_velocity": tokens(images=2 * batch), "guidance_scale": number() * np.float32(9)}
         case "blend":
-            parts = {"base": tokens(), "refined": tokens(active), "difference": tokens()}
+            parts = {"sketch": tokens(), "refined": tokens(active), "difference": tokens()}
             return parts | {"active": chosen, "decay": number()}
         case "correct":
-            return {"base": tokens(), "difference": tokens(), "decay": number()}
+            return {"sketch": tokens(), "difference": tokens(), "decay": number()}
         case "score":
             parts = {
                 "difference": tokens(),
                 "active": chosen,
-                "base": tokens(),
-                "last_base": tokens(),
+                "sketch": tokens(),
+                "last_sketch": tokens(),
                 "scores": grid(),
             }
             return parts | {"age": np.floor(grid() * 4), "decay": number(), "drift": number(), "starvation": number()}

@@ -14,20 +14,22 @@ from typing import Any
 
 import onnx
 
-from ..bundle import GraphEntry, ModelEntry, Staging, TensorEntry, TokenizerEntry, link_or_copy
+from ..bundle import GraphEntry, ModelEntry, Staging, TensorEntry, TokenizerEntry, hash_file, link_or_copy
 from ..errors import IncompatibleError, MissingError
 from ..recipe import Recipe, Target
 from ..tensor_names import LARGE, SMALL, TEXT_ENCODERS, VAE_DECODER
 from .check import check_clip, check_glue, check_structure, check_t5, check_transformer, check_vae
 from .glue import glue_graphs, join_text_graph
 from .graph import GraphBuilder
-from .sources import PairFolders, check_stitchable, read_config, resolve_pair
+from .sources import check_stitchable, read_config, resolve_pair
 from .text import clip_text_graph, t5_encoder_graph
 from .transformer import transformer_graph
 from .vae import vae_decoder_graph
 from .weights import WeightStore
 
 __all__ = ["ExportedPair", "PairExporter"]
+
+_HASHED_UP_TO = 2**30
 
 _NUMPY_NAMES = {1: "float32", 10: "float16", 16: "bfloat16", 7: "int64", 6: "int32", 2: "uint8", 9: "bool"}
 
@@ -63,15 +65,15 @@ class PairExporter:
         target: decides the precision.
     """
 
-    def __init__(self, recipe: Recipe, target: Target) -> None:
+    def __init__(self, recipe: Recipe, target: Target, *, download: bool = True) -> None:
         self.recipe, self.target = recipe, target
-        self.folders = resolve_pair(recipe)
+        self.folders = resolve_pair(recipe, download=download)
         check_stitchable(self.folders)
         self.configs = {
             LARGE: read_config(self.folders.large / "config.json"),
             SMALL: read_config(self.folders.small / "config.json"),
         }
-        self._encoders = self._text_encoder_folders(self.folders)
+        self._encoders = self._text_encoder_folders()
         vae = self.folders.component("vae")
         if vae is None:
             raise MissingError(f"{self.folders.root} has no VAE", fix="give the directory of a complete diffusers model")
@@ -86,13 +88,13 @@ class PairExporter:
             self._transformer(LARGE, self.folders.large, cached=True),
         ]
 
-    def _text_encoder_folders(self, folders: PairFolders) -> dict[str, Path]:
-        found = {name: path for name in TEXT_ENCODERS if (path := folders.component(name)) is not None}
+    def _text_encoder_folders(self) -> dict[str, Path]:
+        found = {name: path for name in TEXT_ENCODERS if (path := self.folders.component(name)) is not None}
         if not self.recipe.t5:
             found.pop("text_encoder_3", None)
         missing = [name for name in TEXT_ENCODERS[:2] if name not in found]
         if missing:
-            raise MissingError(f"{folders.root} lacks {', '.join(missing)}", fix="SD3 needs both CLIP text encoders")
+            raise MissingError(f"{self.folders.root} lacks {', '.join(missing)}", fix="SD3 needs both CLIP text encoders")
         return found
 
     @property
@@ -193,7 +195,7 @@ class PairExporter:
             lambda config, weights: transformer_graph(
                 config, weights, self.target.precision, cached=cached, cache_rows=self._cache_rows
             ),
-            lambda where, config: check_transformer(where, config, cached=cached),
+            lambda where, config: check_transformer(where, config, cached=cached, static=self._cache_rows is not None),
         )
 
     @property
@@ -322,9 +324,15 @@ def _graph_entry(model: onnx.ModelProto, path: Path, weights: list[Path], root: 
 
 
 def _identity(file: Path) -> list[Any]:
-    """Enough to notice that a file is another one, without hashing many gigabytes first."""
-    stat = file.resolve().stat()
-    return [file.name, stat.st_size, stat.st_mtime_ns]
+    """Enough to notice that a file is another one, without hashing many gigabytes first.
+
+    The hub's cache names large files by their hash; other large files are told apart by size and time.
+    """
+    real = file.resolve()
+    stat = real.stat()
+    if real.parent.name == "blobs":
+        return [file.name, real.name]
+    return [file.name, stat.st_size, stat.st_mtime_ns] if stat.st_size > _HASHED_UP_TO else [file.name, hash_file(real)]
 
 
 def _own_hash() -> str:

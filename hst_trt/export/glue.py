@@ -85,26 +85,26 @@ def _guide(g: GraphBuilder) -> GraphBuilder:
 
 
 def _blend(g: GraphBuilder) -> GraphBuilder:
-    base = g.input("base", "float32", _TOKENS)
+    sketch = g.input("sketch", "float32", _TOKENS)
     refined = g.input("refined", "float32", ["B", "M", "C"])
     active = g.input("active", "int64", ["B", "M"])
     difference = g.input("difference", "float32", _TOKENS)
     decay = g.input("decay", "float32", [1])
     faded = g.op("Mul", decay, difference)
     index = g.op("Expand", g.op("Unsqueeze", active, g.ints(2)), g.op("Shape", refined))
-    velocity = g.op("ScatterElements", g.op("Add", base, faded), index, refined, axis=1)
-    fresh = g.op("Sub", refined, g.op("GatherElements", base, index, axis=1))
+    velocity = g.op("ScatterElements", g.op("Add", sketch, faded), index, refined, axis=1)
+    fresh = g.op("Sub", refined, g.op("GatherElements", sketch, index, axis=1))
     g.output(velocity, "velocity", "float32", _TOKENS)
     g.output(g.op("ScatterElements", faded, index, fresh, axis=1), "next_difference", "float32", _TOKENS)
     return g
 
 
 def _correct(g: GraphBuilder) -> GraphBuilder:
-    base = g.input("base", "float32", _TOKENS)
+    sketch = g.input("sketch", "float32", _TOKENS)
     difference = g.input("difference", "float32", _TOKENS)
     decay = g.input("decay", "float32", [1])
     faded = g.op("Mul", decay, difference)
-    g.output(g.op("Add", base, faded), "velocity", "float32", _TOKENS)
+    g.output(g.op("Add", sketch, faded), "velocity", "float32", _TOKENS)
     g.output(faded, "next_difference", "float32", _TOKENS)
     return g
 
@@ -112,8 +112,8 @@ def _correct(g: GraphBuilder) -> GraphBuilder:
 def _score(g: GraphBuilder) -> GraphBuilder:
     difference = g.input("difference", "float32", _TOKENS)
     active = g.input("active", "int64", ["B", "M"])
-    base = g.input("base", "float32", _TOKENS)
-    last_base = g.input("last_base", "float32", _TOKENS)
+    sketch = g.input("sketch", "float32", _TOKENS)
+    last_sketch = g.input("last_sketch", "float32", _TOKENS)
     scores = g.input("scores", "float32", _GRID)
     age = g.input("age", "float32", _GRID)
     decay, drift = g.input("decay", "float32", [1]), g.input("drift", "float32", [1])
@@ -129,7 +129,7 @@ def _score(g: GraphBuilder) -> GraphBuilder:
     nothing = g.op("Expand", g.scalar(0.0), g.op("Shape", token_mean(difference)))
     ones = g.op("Expand", g.scalar(1.0), g.op("Shape", active))
     chosen = on_grid(g.op("Greater", g.op("ScatterElements", nothing, active, ones, axis=1), g.scalar(0.0)))
-    moved = on_grid(token_mean(g.op("Sub", base, last_base)))
+    moved = on_grid(token_mean(g.op("Sub", sketch, last_sketch)))
     carried = g.op("Add", g.op("Mul", decay, scores), g.op("Mul", drift, moved))
     next_scores = g.op("Where", chosen, on_grid(token_mean(difference)), carried)
     next_age = g.op("Where", chosen, g.scalar(0.0), g.op("Add", age, g.scalar(1.0)))
@@ -172,19 +172,25 @@ def _select(g: GraphBuilder) -> GraphBuilder:
     leaving = g.op("And", inside, g.op("Not", chosen))
     entering = g.op("And", g.op("Not", inside), chosen)
 
+    one = g.scalar(1, "int64")
+
     def nth(flags: str) -> str:
-        return g.op("CumSum", g.cast(flags, "int32"), g.constant(np.array(1, np.int64)))
+        """The place of each set flag among the set ones, from 0."""
+        counted = g.op("CumSum", g.cast(flags, "int64"), g.constant(np.array(1, np.int64)))
+        return g.op("Sub", counted, one)
 
-    def down(value: str) -> str:  # [B, N(slot that is entered), 1]
-        return g.op("Unsqueeze", value, g.ints(2))
+    def slots_in_order(flags: str) -> str:
+        """The slots whose flag is set, ascending, then all others."""
+        held = g.op("ReduceSum", g.cast(flags, "int64"), g.ints(1), keepdims=1)
+        place = g.op("Where", flags, nth(flags), g.op("Add", held, nth(g.op("Not", flags))))
+        return g.op("ScatterElements", g.op("Sub", slot, slot), place, slot, axis=1)
 
-    def across(value: str) -> str:  # [B, 1, N(slot that is left)]
-        return g.op("Unsqueeze", value, g.ints(1))
+    def follow(flags: str, others: str) -> str:
+        """For each set flag, the slot of the other kind that has the same place."""
+        place = g.op("Max", nth(flags), g.scalar(0, "int64"))
+        return g.op("GatherElements", slots_in_order(others), place, axis=1)
 
-    same = g.op("Equal", down(nth(entering)), across(nth(leaving)))
-    pairs = g.cast(g.op("And", same, g.op("And", down(entering), across(leaving))), "int64")
-    source = g.op("ReduceSum", g.op("Mul", pairs, across(slot)), g.ints(2), keepdims=0)
-    target = g.op("ReduceSum", g.op("Mul", pairs, down(slot)), g.ints(1), keepdims=0)
+    source, target = follow(entering, leaving), follow(leaving, entering)
     partner = g.op("Where", entering, source, g.op("Where", leaving, target, slot))
     next_order = g.op("GatherElements", order, partner, axis=1)
     g.output(next_order, "next_order", "int64", ["B", "N"])

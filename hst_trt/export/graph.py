@@ -60,10 +60,9 @@ class GraphBuilder:
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
-        self._made: dict[str, str] = {}
+        self._made: set[str] = set()
         self._counts: dict[str, int] = {}
         self._scope = ""
-        self._node_names: set[str] = set()
 
     # -- inputs and outputs ------------------------------------------------------------------------------------------
     def input(self, name: str, dtype: str, shape: Sequence[Dim]) -> str:
@@ -160,7 +159,7 @@ class GraphBuilder:
     def _once(self, result: str, op_type: str, *inputs: str, **attributes: Any) -> str:
         if result not in self._made:
             self._nodes.append(helper.make_node(op_type, list(inputs), [result], name=f"{op_type}.{result}", **attributes))
-            self._made[result] = result
+            self._made.add(result)
         return result
 
     # -- phrases every model speaks ----------------------------------------------------------------------------------

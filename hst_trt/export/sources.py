@@ -18,7 +18,8 @@ from .weights import WeightStore
 __all__ = ["PairFolders", "check_stitchable", "read_config", "resolve_pair"]
 
 _DATA = Path(__file__).resolve().parent.parent / "data"
-_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors", "*.safetensors.index.json"]
+_WANTED = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_WHOLE_MODEL = ["model_index.json", *(f"*/{name}" for name in _WANTED)]
 _UNWANTED = ["*fp16*", "sd3*.safetensors", "text_encoders/*", "*.incl_clips*"]
 
 
@@ -38,16 +39,16 @@ class PairFolders:
         return self.root / name if entry and entry[0] and (self.root / name).is_dir() else None
 
 
-def resolve_pair(recipe: Recipe) -> PairFolders:
+def resolve_pair(recipe: Recipe, *, download: bool = True) -> PairFolders:
     """The folders of a recipe's models.
 
     Raises:
-        MissingError: a model is neither in a local directory nor in the hub's cache, and cannot be fetched.
+        MissingError: a model is neither in a local directory nor whole in the hub's cache, and cannot be fetched.
     """
-    root = small_root = _resolve(recipe.large, ["*/*", "model_index.json"])
-    if recipe.small.source != recipe.large.source:
-        component = recipe.small.component
-        small_root = _resolve(recipe.small, [f"{component}/*", "vae/config.json", "scheduler/*", "model_index.json"])
+    root = small_root = _resolve(recipe.large, _WHOLE_MODEL, download)
+    if (recipe.small.source, recipe.small.revision) != (recipe.large.source, recipe.large.revision):
+        component = [f"{recipe.small.component}/{name}" for name in _WANTED]
+        small_root = _resolve(recipe.small, [*component, "vae/config.json", "scheduler/*.json"], download)
     folders = PairFolders(root, root / recipe.large.component, small_root, small_root / recipe.small.component)
     for folder in (folders.large, folders.small):
         if not (folder / "config.json").is_file():
@@ -59,11 +60,12 @@ def resolve_pair(recipe: Recipe) -> PairFolders:
     return folders
 
 
-def _resolve(model: ModelSource, patterns: list[str]) -> Path:
+def _resolve(model: ModelSource, patterns: list[str], download: bool) -> Path:
     if model.source.startswith(PACKAGE_PREFIX):
         return _DATA / model.source.removeprefix(PACKAGE_PREFIX)
-    if Path(model.source).is_dir():
-        return Path(model.source)
+    local = Path(model.source).expanduser()
+    if local.is_dir():
+        return local
     if model.source.startswith((".", "/", "~")):
         raise MissingError(f"there is no model directory {model.source}", fix="correct the `source` in the recipe")
     try:
@@ -73,15 +75,14 @@ def _resolve(model: ModelSource, patterns: list[str]) -> Path:
         raise MissingError(
             f"{model.source} is a hub id, and huggingface_hub is not installed", fix='pip install "hst_trt[export]"'
         ) from exc
-    wanted = [p for p in patterns if p != "*/*"] + ([f"*/{w}" for w in _WANTED] if "*/*" in patterns else [])
-    settings: dict[str, Any] = {"revision": model.revision, "allow_patterns": wanted, "ignore_patterns": _UNWANTED}
+    settings: dict[str, Any] = {"revision": model.revision, "allow_patterns": patterns, "ignore_patterns": _UNWANTED}
     cached: Path | None = None
     with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
         cached = Path(snapshot_download(model.source, local_files_only=True, **settings))
-    if cached is not None and _is_complete(cached / model.component):
+    if cached is not None and _is_complete(cached, model.component, whole=patterns is _WHOLE_MODEL):
         return cached
     try:
-        return Path(snapshot_download(model.source, **settings))
+        return Path(snapshot_download(model.source, local_files_only=not download, **settings))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
         revision = f" --revision {model.revision}" if model.revision else ""
         where = "is only in part in the local cache" if cached else "is not in the local cache"
@@ -93,11 +94,16 @@ def _resolve(model: ModelSource, patterns: list[str]) -> Path:
         ) from exc
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a transformer's config and all its shards are there; the hub's cache may hold a part of a model."""
+def _is_complete(root: Path, component: str, *, whole: bool) -> bool:
+    """Whether a transformer, and if `whole` all that the model lists, is there: the cache may hold a part of a model."""
     try:
-        return (folder / "config.json").is_file() and bool(WeightStore(folder).files)
-    except HstError:
+        index = read_config(root / "model_index.json") if whole else {}
+        weighty = [name for name in index if name.startswith(("text_encoder", "vae")) and index[name][0]]
+        listed = [name for name in index if not name.startswith("_") and index[name][0]]
+        return all((root / name).is_dir() for name in listed) and all(
+            (root / name / "config.json").is_file() and WeightStore(root / name).files for name in (component, *weighty)
+        )
+    except (HstError, TypeError, LookupError):
         return False
 
 

@@ -161,23 +161,27 @@ class _Builder:
         m = self._modulation(condition, stem + "norm1.linear", 9 if dual else 6)
         c = self._modulation(condition, stem + "norm1_context.linear", 2 if last else 6)
         normed = self._norm(x)
-        image_qkv = self._qkv(self._scale_shift(normed, m[1], m[0]), stem + "attn.", "to_q", "to_k", "to_v", "norm_q", "norm_k")
+        image_in = self._scale_shift(normed, m[1], m[0])
         # The last block's text norm has (scale, shift), all others start with (shift, scale), as in diffusers.
         text_in = self._modulate(context, c[0], c[1]) if last else self._modulate(context, c[1], c[0])
-        text_qkv = self._qkv(text_in, stem + "attn.", "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-        keys = self._update_cache(slot, "k", g.op("Concat", text_qkv[1], image_qkv[1], axis=2), self.text_length)
-        values = self._update_cache(slot, "v", g.op("Concat", text_qkv[2], image_qkv[2], axis=2), self.text_length)
-        if last:
-            attended, text_attended = self._attend(image_qkv[0], keys, values), ""
+        attn = stem + "attn."
+        text_k, text_v = (
+            self._heads(text_in, attn + "add_k_proj", attn + "norm_added_k"),
+            self._heads(text_in, attn + "add_v_proj"),
+        )
+        q, k, v = self._qkv(image_in, attn)
+        keys = self._update_cache(slot, "k", g.op("Concat", text_k, k, axis=2), self.text_length)
+        values = self._update_cache(slot, "v", g.op("Concat", text_v, v, axis=2), self.text_length)
+        if last:  # nothing reads its text output, so its text has no queries
+            attended, text_attended = self._attend(q, keys, values), ""
         else:
-            joint = self._attend(g.op("Concat", text_qkv[0], image_qkv[0], axis=2), keys, values)
+            text_q = self._heads(text_in, attn + "add_q_proj", attn + "norm_added_q")
+            joint = self._attend(g.op("Concat", text_q, q, axis=2), keys, values)
             text_attended = g.op("Slice", joint, g.ints(0), self.text_length, g.ints(1))
             attended = g.op("Slice", joint, self.text_length, g.ints(2**62), g.ints(1))
         x = self._gated(x, m[2], g.linear(attended, stem + "attn.to_out.0"))
         if dual:
-            q, k, v = self._qkv(
-                self._scale_shift(normed, m[7], m[6]), stem + "attn2.", "to_q", "to_k", "to_v", "norm_q", "norm_k"
-            )
+            q, k, v = self._qkv(self._scale_shift(normed, m[7], m[6]), stem + "attn2.")
             index = len(self.layers) + self.dual.index(layer)
             k, v = self._update_cache(index, "k", k, None), self._update_cache(index, "v", v, None)
             x = self._gated(x, m[8], g.linear(self._attend(q, k, v), stem + "attn2.to_out.0"))
@@ -211,17 +215,18 @@ class _Builder:
         g = self.g
         return g.linear(g.op("Gelu", g.linear(x, prefix + "net.0.proj"), approximate="tanh"), prefix + "net.2")
 
-    def _qkv(self, x: str, stem: str, q: str, k: str, v: str, norm_q: str, norm_k: str) -> tuple[str, str, str]:
-        def heads(name: str) -> str:
-            split = self.g.op("Reshape", self.g.linear(x, stem + name), self.g.ints(0, 0, self.heads, self.head_dim))
-            return self.g.op("Transpose", split, perm=[0, 2, 1, 3])
+    def _qkv(self, x: str, stem: str) -> tuple[str, str, str]:
+        q, k = self._heads(x, stem + "to_q", stem + "norm_q"), self._heads(x, stem + "to_k", stem + "norm_k")
+        return q, k, self._heads(x, stem + "to_v")
 
-        def normed(value: str, name: str) -> str:
-            if not self.g.has_weight(f"{stem}{name}.weight"):
-                return value  # SD3 medium has no qk-norm
-            return self.g.op("RMSNormalization", value, self.g.weight(f"{stem}{name}.weight"), axis=-1, epsilon=_EPS)
-
-        return normed(heads(q), norm_q), normed(heads(k), norm_k), heads(v)
+    def _heads(self, x: str, project: str, norm: str = "") -> str:
+        """[B, heads, tokens, head_dim]; SD3 medium has no qk-norm, and then its checkpoint no weight for one."""
+        g = self.g
+        split = g.op("Reshape", g.linear(x, project), g.ints(0, 0, self.heads, self.head_dim))
+        heads = g.op("Transpose", split, perm=[0, 2, 1, 3])
+        if not g.has_weight(f"{norm}.weight"):
+            return heads
+        return g.op("RMSNormalization", heads, g.weight(f"{norm}.weight"), axis=-1, epsilon=_EPS)
 
     def _attend(self, q: str, k: str, v: str) -> str:
         g = self.g

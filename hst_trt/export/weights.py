@@ -82,7 +82,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if ".fp16." in index.name:
             continue
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise IntegrityError(f"{index} is not a valid index of shards", found=str(exc), fix="download it again") from exc
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise MissingError(
@@ -102,7 +105,9 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     raise MissingError(
         f"{folder} has no weights",
-        found="no *.safetensors file" if folder.is_dir() else "no such folder",
+        found=", ".join(sorted(p.name for p in folder.glob("*.safetensors"))) or "no *.safetensors file"
+        if folder.is_dir()
+        else "no such folder",
         fix="give the directory of a complete diffusers model",
     )
 

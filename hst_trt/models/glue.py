@@ -53,31 +53,31 @@ def guide(row_velocity: Tensor, guidance_scale: Tensor) -> dict[str, Tensor]:
     return {"velocity": unconditional + guidance_scale * (conditional - unconditional)}
 
 
-def blend(base: Tensor, refined: Tensor, active: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
-    """Hard blend: the large model's velocity on the ``active`` [B, M] tokens, elsewhere ``base`` [B, N, C].
+def blend(sketch: Tensor, refined: Tensor, active: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """Hard blend: the large model's velocity on the ``active`` [B, M] tokens, elsewhere ``sketch`` [B, N, C].
 
-    ``difference`` is D, each token's last known ``refined - base``, faded by ``decay`` a step; it corrects the tokens
+    ``difference`` is D, each token's last known ``refined - sketch``, faded by ``decay`` a step; it corrects the tokens
     outside the mask (decay 0 switches that off).
     """
-    index = active[..., None].expand(-1, -1, base.shape[-1])
+    index = active[..., None].expand(-1, -1, sketch.shape[-1])
     faded = decay * difference
     return {
-        "velocity": (base + faded).scatter(1, index, refined),
-        "next_difference": faded.scatter(1, index, refined - base.gather(1, index)),
+        "velocity": (sketch + faded).scatter(1, index, refined),
+        "next_difference": faded.scatter(1, index, refined - sketch.gather(1, index)),
     }
 
 
-def correct(base: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
-    """The correction alone, for steps without the large model: ``v = base + D``."""
+def correct(sketch: Tensor, difference: Tensor, decay: Tensor) -> dict[str, Tensor]:
+    """The correction alone, for steps without the large model: ``v = sketch + D``."""
     faded = decay * difference
-    return {"velocity": base + faded, "next_difference": faded}
+    return {"velocity": sketch + faded, "next_difference": faded}
 
 
 def score(
     difference: Tensor,
     active: Tensor,
-    base: Tensor,
-    last_base: Tensor,
+    sketch: Tensor,
+    last_sketch: Tensor,
     scores: Tensor,
     age: Tensor,
     decay: Tensor,
@@ -92,7 +92,7 @@ def score(
     """
     chosen = torch.zeros_like(scores).flatten(1).scatter(1, active, 1.0).view_as(scores) > 0
     fresh = difference.abs().mean(-1).view_as(scores)
-    carried = decay * scores + drift * (base - last_base).abs().mean(-1).view_as(scores)
+    carried = decay * scores + drift * (sketch - last_sketch).abs().mean(-1).view_as(scores)
     next_scores = torch.where(chosen, fresh, carried)
     next_age = torch.where(chosen, torch.zeros_like(age), age + 1)
     smooth = F.avg_pool2d(next_scores[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
@@ -119,13 +119,20 @@ def select(ranks: Tensor, order: Tensor, slots: Tensor) -> dict[str, Tensor]:
     slot = torch.arange(order.shape[1], device=order.device).expand_as(order)
     chosen = ranks.gather(1, order) < count
     leaving, entering = (slot < count) & ~chosen, (slot >= count) & chosen
-    nth_leaving, nth_entering = leaving.cumsum(1), entering.cumsum(1)
-    pairs = (nth_entering[:, :, None] == nth_leaving[:, None, :]) & entering[:, :, None] & leaving[:, None, :]
-    source = (pairs * slot[:, None, :]).sum(2)
-    target = (pairs * slot[:, :, None]).sum(1)
+    left, entered = _slots_in_order(leaving), _slots_in_order(entering)
+    source = left.gather(1, (entering.cumsum(1) - 1).clamp(min=0))
+    target = entered.gather(1, (leaving.cumsum(1) - 1).clamp(min=0))
     partner = torch.where(entering, source, torch.where(leaving, target, slot))
     next_order = order.gather(1, partner)
     return {"next_order": next_order, "partner": partner, "active": next_order[:, slots]}
+
+
+def _slots_in_order(flags: Tensor) -> Tensor:
+    """[B, N] int64: the slots whose flag is set, ascending, then all others."""
+    others = flags.sum(1, keepdim=True) + (~flags).cumsum(1) - 1
+    place = torch.where(flags, flags.cumsum(1) - 1, others)
+    slot = torch.arange(flags.shape[1], device=flags.device).expand_as(place)
+    return torch.zeros_like(place).scatter(1, place, slot)
 
 
 def count(priority: Tensor, ranks: Tensor, threshold: Tensor) -> dict[str, Tensor]:

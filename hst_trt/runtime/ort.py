@@ -6,7 +6,7 @@ Runtime's TensorScatter recognises; then only the written rows are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,21 +78,15 @@ class OnnxRuntimeBackend:
     Args:
         graphs: the file of each graph, by name.
         threads: threads of each session; 0 lets ONNX Runtime take one per physical core.
-        on_load: called with a graph's name before it is loaded.
     """
 
-    name = "onnxruntime"
-
-    def __init__(self, graphs: Mapping[str, Path], threads: int = 0, on_load: Callable[[str], None] | None = None) -> None:
+    def __init__(self, graphs: Mapping[str, Path], threads: int = 0) -> None:
         self._graphs = dict(graphs)
         self._threads = threads
-        self._on_load = on_load
         self._engines: dict[str, OnnxEngine] = {}
 
     def engine(self, name: str) -> OnnxEngine:
         if name not in self._engines:
-            if self._on_load is not None:
-                self._on_load(name)
             self._engines[name] = OnnxEngine(name, self._session(name))
         return self._engines[name]
 

@@ -50,8 +50,6 @@ class TorchEngine:
 class TorchBackend:
     """Runs torch functions on tensors of one device."""
 
-    name = "torch"
-
     def __init__(self, engines: Mapping[str, TorchEngine], device: str = "cpu") -> None:
         self._engines = dict(engines)
         self._device = device
