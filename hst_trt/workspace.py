@@ -58,7 +58,6 @@ class Workspace:
         self.backend, self.spec, self.shape = backend, spec, shape
         self.seconds: defaultdict[str, float] = defaultdict(float)  # by engine name
         self._prepared: dict[tuple[Any, ...], PreparedCall] = {}
-        self._row_index = np.tile(np.arange(shape.images, dtype=np.int64), shape.rows // shape.images)
         b, n, c, r = shape.images, shape.tokens, spec.large.token_channels, shape.rows
         text, grid = spec.text_length, (b, shape.h, shape.w)
         layout: dict[str, tuple[tuple[int, ...], str]] = {
@@ -99,7 +98,7 @@ class Workspace:
         }
         self._buffers = {name: backend.empty(size, dtype) for name, (size, dtype) in layout.items()}
         self._caches: list[str] = []
-        self._write("row_index", self._row_index)
+        self._write("row_index", np.arange(r, dtype=np.int64) % b)
         self._write("identity", np.broadcast_to(np.arange(n, dtype=np.int64), (b, n)))
         self._write("slots", np.arange(n, dtype=np.int64))
         self._write("large_pos_table", spec.large.position_ids(shape.h, shape.w))
@@ -243,7 +242,6 @@ class Workspace:
         self.backend.move_rows(
             [self._buffers[name] for name in self._caches],
             self._buffers["partner"],
-            self._row_index,
             tokens,
             [text if i < joint else 0 for i in range(len(self._caches))],
         )

@@ -93,21 +93,16 @@ class GraphBuilder:
     @overload
     def op(self, op_type: str, *inputs: str, outputs: None = None, **attributes: Any) -> str: ...
     def op(self, op_type: str, *inputs: str, outputs: int | None = None, **attributes: Any) -> str | list[str]:
-        """Adds a node and returns its output, or the list of them where `outputs` asks for a number.
-
-        Attributes whose value is None are left out.
-        """
+        """Adds a node and returns its output, or the list of them where `outputs` asks for a number."""
         stem = f"{self._scope}{op_type}"
         self._counts[stem] = number = self._counts.get(stem, 0) + 1
         name = f"{stem}_{number}"
-        attributes = {key: value for key, value in attributes.items() if value is not None}
         results = [name] if outputs is None else [f"{name}.{i}" for i in range(outputs)]
         self._nodes.append(helper.make_node(op_type, list(inputs), results, name=name, **attributes))
         return results[0] if outputs is None else results
 
     def op_into(self, result: str, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Adds a node whose one output has the given name: for outputs that must be a node's own (in-place caches)."""
-        attributes = {key: value for key, value in attributes.items() if value is not None}
         self._nodes.append(helper.make_node(op_type, list(inputs), [result], name=f"{op_type}.{result}", **attributes))
         return result
 
@@ -134,10 +129,9 @@ class GraphBuilder:
         dtype = dtype or self.precision
         return self.constant(np.array(value, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
 
-    def weight(self, key: str, dtype: str | None = None) -> str:
-        """The stored tensor `key`, in the graph's precision or in `dtype`."""
+    def weight(self, key: str) -> str:
+        """The stored tensor `key`, in the graph's precision."""
         assert self._weights is not None, "this graph has no weights"
-        dtype = dtype or self.precision
         if key not in self._initializers:
             stored = self._weights[key]
             tensor = TensorProto(name=key, data_type=onnx_dtype(stored.dtype), dims=stored.shape)
@@ -145,9 +139,9 @@ class GraphBuilder:
             for entry, value in (("location", stored.file.name), ("offset", stored.offset), ("length", stored.length)):
                 tensor.external_data.add(key=entry, value=str(value))
             self._initializers[key] = tensor
-        if self._initializers[key].data_type == onnx_dtype(dtype):
+        if self._initializers[key].data_type == onnx_dtype(self.precision):
             return key
-        return self._once(f"{key}.{dtype}", "Cast", key, to=onnx_dtype(dtype))
+        return self._once(f"{key}.{self.precision}", "Cast", key, to=onnx_dtype(self.precision))
 
     def has_weight(self, key: str) -> bool:
         return self._weights is not None and key in self._weights

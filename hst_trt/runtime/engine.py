@@ -71,15 +71,12 @@ class Backend(Protocol):
         ...
 
     def copy(self, source: Any, target: Any) -> None: ...
-    def move_rows(
-        self, caches: Sequence[Any], partner: Any, row_index: np.ndarray, first: int, text_rows: Sequence[int]
-    ) -> None:
+    def move_rows(self, caches: Sequence[Any], partner: Any, first: int, text_rows: Sequence[int]) -> None:
         """The one-way row move of a mask change, in place.
 
         Args:
-            caches: buffers [R, heads, rows, head_dim].
+            caches: buffers [R, heads, rows, head_dim]; row r belongs to image r modulo B.
             partner: buffer [B, N] int64, the slot whose row comes to each slot (itself where nothing moves).
-            row_index: [R], the image of each cache row.
             first: slots below this one stay as they are (the next call rewrites them); those read are all below it.
             text_rows: for each cache, how many of its rows stand before slot 0.
         """

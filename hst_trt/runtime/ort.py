@@ -129,19 +129,16 @@ class OnnxRuntimeBackend:
         self,
         caches: Sequence[HostBuffer],
         partner: HostBuffer,
-        row_index: np.ndarray,
         first: int,
         text_rows: Sequence[int],
     ) -> None:
-        source = partner.array[:, first:]
-        moves = []
-        for image in range(len(source)):
-            target = np.flatnonzero(source[image] != np.arange(first, partner.shape[1])) + first
-            moves.append((target, partner.array[image, target]))
-        for cache, offset in zip(caches, text_rows, strict=True):
-            for row, image in enumerate(row_index):
-                target, leaving = moves[image]
-                cache.array[row][:, target + offset] = cache.array[row][:, leaving + offset]
+        images = partner.shape[0]
+        for image in range(images):
+            target = np.flatnonzero(partner.array[image, first:] != np.arange(first, partner.shape[1])) + first
+            leaving = partner.array[image, target]
+            for cache, offset in zip(caches, text_rows, strict=True):
+                rows = cache.array[image::images]  # the image's negative and positive row, a view
+                rows[:, :, target + offset] = rows[:, :, leaving + offset]
 
 
 def _translated(exc: Exception, name: str) -> Exception:

@@ -48,17 +48,16 @@ class TorchEngine:
 
 
 class TorchBackend:
-    """Runs torch functions on tensors of one device."""
+    """Runs torch functions on the CPU."""
 
-    def __init__(self, engines: Mapping[str, TorchEngine], device: str = "cpu") -> None:
+    def __init__(self, engines: Mapping[str, TorchEngine]) -> None:
         self._engines = dict(engines)
-        self._device = device
 
     def engine(self, name: str) -> TorchEngine:
         return self._engines[name]
 
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:
-        return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self._device)
+        return torch.zeros(tuple(shape), dtype=getattr(torch, dtype))
 
     def view(self, buffer: Tensor, shape: Sequence[int]) -> Tensor:
         return buffer.view(-1)[: int(np.prod(shape))].view(tuple(shape))
@@ -67,15 +66,13 @@ class TorchBackend:
         buffer.copy_(torch.from_numpy(np.array(values)).expand(buffer.shape))
 
     def read(self, buffer: Tensor) -> np.ndarray:
-        return buffer.cpu().numpy().copy()
+        return buffer.numpy().copy()
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
-    def move_rows(
-        self, caches: Sequence[Tensor], partner: Tensor, row_index: np.ndarray, first: int, text_rows: Sequence[int]
-    ) -> None:
-        source = partner[torch.from_numpy(row_index).to(partner.device), first:]  # [R, N - first]
+    def move_rows(self, caches: Sequence[Tensor], partner: Tensor, first: int, text_rows: Sequence[int]) -> None:
+        source = partner[:, first:].repeat(caches[0].shape[0] // partner.shape[0], 1)  # [R, N - first]
         for cache, offset in zip(caches, text_rows, strict=True):
             index = (source + offset)[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
             cache[:, :, first + offset :] = cache.gather(2, index)
