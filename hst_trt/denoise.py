@@ -76,14 +76,18 @@ def denoise(
             _sketch(ws, step)
             ws.large_masked(tokens)
             ws.blend(tokens)
-        else:
+        elif plan.correction:
             ws.small()
-            ws.correct() if plan.correction else ws.use_sketch()
+            ws.correct()
+        else:
+            ws.small_alone()
 
         mask = ws.active_mask(tokens) if keep_masks and 0 < tokens < n else None
         if step.redraw:
             drawn = _redraw(ws, plan, t + 1, tokens, None if replay is None else replay.get(t + 1))
         ws.euler()
+        if plan.mask is not None or plan.switch is not None:
+            ws.remember()
         records.append(StepRecord(step, tokens, time.perf_counter() - start, mask))
         if on_step_end is not None and not on_step_end(t, records[-1]):
             break

@@ -70,8 +70,11 @@ class Workspace:
             "refined": ((b, n, c), "float32"),  # v_L of the active tokens
             "difference": ((b, n, c), "float32"),  # D, the last known v_L - v_S
             "next_difference": ((b, n, c), "float32"),
+            "all_tokens": ((r, n, c), "float32"),
             "hidden_tokens": ((r, n, c), "float32"),
             "pos_ids": ((r, n), "int64"),
+            "large_pos_ids": ((r, n), "int64"),
+            "small_pos_ids": ((r, n), "int64"),
             "row_velocity": ((r, n, c), "float32"),
             "timestep": ((r,), "float32"),
             "encoder_hidden_states": ((r, text, spec.large.text_width), "float32"),
@@ -93,7 +96,6 @@ class Workspace:
             "change": ((1,), "float32"),
             "finite": ((1,), "int32"),
             "large_pos_table": ((n,), "int64"),
-            "small_pos_table": ((n,), "int64"),
             **{name: ((1,), "float32") for name in _NUMBERS},
         }
         self._buffers = {name: backend.empty(size, dtype) for name, (size, dtype) in layout.items()}
@@ -102,7 +104,9 @@ class Workspace:
         self._write("identity", np.broadcast_to(np.arange(n, dtype=np.int64), (b, n)))
         self._write("slots", np.arange(n, dtype=np.int64))
         self._write("large_pos_table", spec.large.position_ids(shape.h, shape.w))
-        self._write("small_pos_table", spec.small.position_ids(shape.h, shape.w))
+        self._write("large_pos_ids", spec.large.position_ids(shape.h, shape.w))
+        self._write("small_pos_ids", spec.small.position_ids(shape.h, shape.w))
+        self._buffers["all_tokens_by_image"] = backend.view(self._buffers["all_tokens"], (r // b, b, n, c))
 
     # -- a request ---------------------------------------------------------------------------------------------------
     def begin(
@@ -146,16 +150,20 @@ class Workspace:
     # -- the verbs of the loop ---------------------------------------------------------------------------------------
     def small(self) -> None:
         """sketch = v_S(x), all tokens."""
-        self._velocity(SMALL, self.spec.small, self.shape.tokens, "identity", "sketch")
+        self._velocity(SMALL, self.spec.small, self.shape.tokens, "sketch")
+
+    def small_alone(self) -> None:
+        """velocity = v_S(x), all tokens, where nothing is compared with it."""
+        self._velocity(SMALL, self.spec.small, self.shape.tokens, "velocity")
 
     def large(self) -> None:
         """velocity = v_L(x), all tokens; the whole cache is rewritten, in token order."""
         self._copy("identity", "order")
-        self._velocity(LARGE, self.spec.large, self.shape.tokens, "identity", "velocity")
+        self._velocity(LARGE, self.spec.large, self.shape.tokens, "velocity")
 
     def large_masked(self, tokens: int) -> None:
         """refined = v_L(x) of the `tokens` active tokens; their rows of the cache are rewritten."""
-        self._velocity(LARGE, self.spec.large, tokens, "active", "refined")
+        self._velocity(LARGE, self.spec.large, tokens, "refined")
 
     def blend(self, tokens: int) -> None:
         """velocity = sketch + D outside the mask, refined inside it; D is renewed inside it."""
@@ -188,10 +196,6 @@ class Workspace:
             next_difference="next_difference",
         )
         self._copy("next_difference", "difference")
-
-    def use_sketch(self) -> None:
-        """velocity = sketch."""
-        self._copy("sketch", "velocity")
 
     def keep_last(self) -> None:
         """sketch = the last step's velocity: what unmasked tokens go on with where there is no small model."""
@@ -252,9 +256,12 @@ class Workspace:
         return float(self._read("change")[0])
 
     def euler(self) -> None:
-        """x += dsigma * v; this step's velocity and sketch become the last ones."""
+        """x += dsigma * v."""
         self._call("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
         self._copy("next_latents", "latents")
+
+    def remember(self) -> None:
+        """This step's velocity and sketch become the last ones."""
         self._copy("velocity", "last_velocity")
         self._copy("sketch", "last_sketch")
 
@@ -284,20 +291,28 @@ class Workspace:
         self._write("priority", mask.astype(np.float32))
 
     # -- inside ------------------------------------------------------------------------------------------------------
-    def _velocity(self, name: str, spec: TransformerSpec, tokens: int, ids: str, result: str) -> None:
-        """One guided transformer call on the tokens `ids`, its velocity going to `result`."""
+    def _velocity(self, name: str, spec: TransformerSpec, tokens: int, result: str) -> None:
+        """One guided transformer call on all tokens or on the active ones, its velocity going to `result`.
+
+        A full call takes its tokens in token order, so its input is the latents themselves, once for each half of a guided
+        batch, and its positions never change.
+        """
         images, rows, channels = self.shape.images, self.shape.rows, spec.token_channels
-        hidden = ("hidden_tokens", (rows, tokens, channels))
-        positions = ("pos_ids", (rows, tokens))
-        self._call(
-            "pack",
-            latents="latents",
-            token_ids=(ids, (images, tokens)),
-            row_index="row_index",
-            pos_table=f"{name}_pos_table",
-            hidden_tokens=hidden,
-            pos_ids=positions,
-        )
+        hidden: _Binding = "all_tokens"
+        positions: _Binding = f"{name}_pos_ids"
+        if tokens == self.shape.tokens:
+            self._copy("latents", "all_tokens_by_image")
+        else:
+            hidden, positions = ("hidden_tokens", (rows, tokens, channels)), ("pos_ids", (rows, tokens))
+            self._call(
+                "pack",
+                latents="latents",
+                token_ids=("active", (images, tokens)),
+                row_index="row_index",
+                pos_table="large_pos_table",
+                hidden_tokens=hidden,
+                pos_ids=positions,
+            )
         guided = self.shape.guided
         velocity = ("row_velocity", (rows, tokens, channels)) if guided else (result, (images, tokens, channels))
         caches = {cache: cache for cache in self._cache_of(name)}

@@ -70,7 +70,10 @@ class Backend(Protocol):
         """A copy of the buffer's values; waits for everything that was executed before."""
         ...
 
-    def copy(self, source: Any, target: Any) -> None: ...
+    def copy(self, source: Any, target: Any) -> None:
+        """Copies a buffer; a target with one axis more in front gets one copy for each of its rows."""
+        ...
+
     def move_rows(self, caches: Sequence[Any], partner: Any, first: int, text_rows: Sequence[int]) -> None:
         """The one-way row move of a mask change, in place.
 
