@@ -43,7 +43,7 @@ __all__ = ["HybridStitchPipeline", "StitchOutput", "plan_request"]
 log = logging.getLogger(__name__)
 OutputType = Literal["pil", "np", "latent"]
 _CALLBACK_TENSORS = ("latents",)
-_OPTIONAL_GLUE = ("blend", "correct", "score", "rank", "select", "count", "change")
+_OPTIONAL_GLUE = ("blend", "correct", "score", "select", "count", "change")
 
 
 @dataclass(frozen=True)

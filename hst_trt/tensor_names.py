@@ -18,7 +18,6 @@ GLUE = (
     "blend",
     "correct",
     "score",
-    "rank",
     "select",
     "count",
     "change",

@@ -202,7 +202,7 @@ class Workspace:
         self._copy("last_velocity", "sketch")
 
     def score(self, tokens: int) -> None:
-        """Scores, ages and priority of all tokens, `tokens` of them fresh."""
+        """Scores, ages, priority and ranks of all tokens, `tokens` of them fresh."""
         self._call(
             "score",
             difference="difference",
@@ -217,20 +217,19 @@ class Workspace:
             next_scores="next_scores",
             next_age="next_age",
             priority="priority",
+            ranks="ranks",
         )
         self._copy("next_scores", "scores")
         self._copy("next_age", "age")
 
     def count(self) -> int:
         """The most tokens of any image whose priority exceeds the threshold. Waits for the device."""
-        self._call("rank", priority="priority", ranks="ranks")
         self._call("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
         return int(self._read("counts").max())
 
     def select(self, tokens: int) -> None:
         """The `tokens` best-ranked tokens of each image become active; cache rows of those that leave are kept."""
         images = self.shape.images
-        self._call("rank", priority="priority", ranks="ranks")
         self._call(
             "select",
             ranks="ranks",
@@ -288,7 +287,8 @@ class Workspace:
 
     def impose(self, mask: np.ndarray) -> None:
         """Makes the next `select` choose the tokens of `mask` [images, h, w] bool, whatever their scores."""
-        self._write("priority", mask.astype(np.float32))
+        flat = mask.reshape(self.shape.images, self.shape.tokens)
+        self._write("ranks", np.argsort(np.argsort(~flat, axis=1, kind="stable"), axis=1))
 
     # -- inside ------------------------------------------------------------------------------------------------------
     def _velocity(self, name: str, spec: TransformerSpec, tokens: int, result: str) -> None:

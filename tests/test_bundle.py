@@ -301,7 +301,7 @@ def test_a_damaged_bundle_is_built_anew_and_of_an_interrupted_build_only_whole_p
 ) -> None:
     final = bundle_copy.with_name("tiny-cpu.hstb")
     bundle_copy.rename(final)
-    flip_one_byte(final / "graphs" / "glue" / "rank.onnx")
+    flip_one_byte(final / "graphs" / "glue" / "select.onnx")
     recipe, target = load_recipe(str(tiny_recipe)), load_target(CPU)
     with pytest.raises(KeyboardInterrupt):
         build_bundle(recipe, target, final, on_part=(first := Stop(5)))

@@ -56,8 +56,11 @@ def test_one_value_that_is_not_finite_is_noticed(bad: float) -> None:
 
 
 def test_ties_are_ranked_by_token_index_and_every_rank_occurs_once() -> None:
-    priority = np.array([[[1.0, 2.0, 1.0], [2.0, 0.0, 1.0]]], np.float32)
-    np.testing.assert_array_equal(run("rank", {"priority": priority})["ranks"], [[2, 0, 3, 1, 5, 4]])
+    feeds = glue_sample("score", 2, 4, 6, 24, np.random.default_rng(0))
+    ranks = run("score", feeds)["ranks"]
+    assert [sorted(row) for row in ranks] == [list(range(24))] * 2
+    feeds["difference"][:] = 1.0  # every token is fresh and equal
+    np.testing.assert_array_equal(run("score", feeds)["ranks"], [list(range(24))] * 2)
 
 
 def test_a_token_left_out_long_enough_returns_even_if_its_score_is_zero() -> None:
@@ -78,8 +81,7 @@ def test_a_token_left_out_long_enough_returns_even_if_its_score_is_zero() -> Non
             ),
         )  # fmt: skip
         scores, age = out["next_scores"], out["next_age"]
-        ranks = run("rank", {"priority": out["priority"]})["ranks"]
-        active = np.ascontiguousarray(np.argsort(ranks[0])[:8][None])
+        active = np.ascontiguousarray(np.argsort(out["ranks"][0])[:8][None])
         if 0 in active:
             assert step > 0, "it had the lowest score: it must not be chosen at once"
             return

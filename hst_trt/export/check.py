@@ -276,8 +276,6 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
                 "scores": grid(),
             }
             return parts | {"age": np.floor(grid() * 4), "decay": number(), "drift": number(), "starvation": number()}
-        case "rank":
-            return {"priority": np.round(grid(), 1)}  # rounded: many ties
         case "select":
             return {"ranks": orders(), "order": orders(), "slots": np.arange(active)}
         case "count":

@@ -144,21 +144,20 @@ def _score(g: GraphBuilder) -> GraphBuilder:
     gain = g.op("Mul", starvation, g.op("ReduceMean", smooth, g.ints(1, 2), keepdims=1))
     g.output(next_scores, "next_scores", "float32", _GRID)
     g.output(next_age, "next_age", "float32", _GRID)
-    g.output(g.op("Add", smooth, g.op("Mul", gain, next_age)), "priority", "float32", _GRID)
+    priority = g.op("Add", smooth, g.op("Mul", gain, next_age))
+    g.output(priority, "priority", "float32", _GRID)
+    g.output(_ranks(g, priority), "ranks", "int64", ["B", "N"])
     return g
 
 
-def _rank(g: GraphBuilder) -> GraphBuilder:
-    priority = g.input("priority", "float32", _GRID)
+def _ranks(g: GraphBuilder, priority: str) -> str:
     s = g.op("Reshape", priority, g.ints(0, -1))
     other, own = g.op("Unsqueeze", s, g.ints(1)), g.op("Unsqueeze", s, g.ints(2))  # [B, 1, N(j)], [B, N(i), 1]
     index = _positions(g, s)
     before = g.op("Less", g.op("Unsqueeze", index, g.ints(0)), g.op("Unsqueeze", index, g.ints(1)))  # [i, j]: j < i
     tied = g.op("And", g.op("Equal", other, own), before)
     ahead = g.op("Or", g.op("Greater", other, own), tied)
-    ranks = g.op("ReduceSum", g.cast(ahead, "int32"), g.ints(2), keepdims=0)
-    g.output(g.cast(ranks, "int64"), "ranks", "int64", ["B", "N"])
-    return g
+    return g.cast(g.op("ReduceSum", g.cast(ahead, "int32"), g.ints(2), keepdims=0), "int64")
 
 
 def _select(g: GraphBuilder) -> GraphBuilder:
@@ -247,7 +246,6 @@ _MAKERS: tuple[Callable[[GraphBuilder], GraphBuilder], ...] = (
     _blend,
     _correct,
     _score,
-    _rank,
     _select,
     _count,
     _change,

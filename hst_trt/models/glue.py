@@ -88,7 +88,8 @@ def score(
 
     Inside the mask the score is fresh, mean |v_L - v_S| of the token; outside it is the last known one, decayed, plus
     ``drift`` times the small model's own change. The map is smoothed by a 3x3 mean (over the neighbours that exist), and
-    a token that was left out for ``age`` steps gains ``starvation * age`` times the mean score.
+    a token that was left out for ``age`` steps gains ``starvation * age`` times the mean score. That is its priority, and
+    ``ranks`` [B, N] its place among all tokens by it.
     """
     chosen = torch.zeros_like(scores).flatten(1).scatter(1, active, 1.0).view_as(scores) > 0
     fresh = difference.abs().mean(-1).view_as(scores)
@@ -97,15 +98,16 @@ def score(
     next_age = torch.where(chosen, torch.zeros_like(age), age + 1)
     smooth = F.avg_pool2d(next_scores[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
     gain = starvation * smooth.mean((1, 2), keepdim=True)
-    return {"next_scores": next_scores, "next_age": next_age, "priority": smooth + gain * next_age}
+    priority = smooth + gain * next_age
+    return {"next_scores": next_scores, "next_age": next_age, "priority": priority, "ranks": _ranks(priority)}
 
 
-def rank(priority: Tensor) -> dict[str, Tensor]:
-    """Each token's place when sorted by priority, ties by token index: the same in every backend, for any N."""
+def _ranks(priority: Tensor) -> Tensor:
+    """Each token's place when sorted by priority [B, h, w], ties by token index: the same in every backend, for any N."""
     s = priority.flatten(1)
     before = torch.ones(s.shape[1], s.shape[1], dtype=torch.bool, device=s.device).tril(-1)  # [i, j]: j < i
     ahead = (s[:, None, :] > s[:, :, None]) | ((s[:, None, :] == s[:, :, None]) & before)
-    return {"ranks": ahead.sum(-1)}
+    return ahead.sum(-1)
 
 
 def select(ranks: Tensor, order: Tensor, slots: Tensor) -> dict[str, Tensor]:
@@ -164,7 +166,6 @@ REFERENCE: dict[str, Callable[..., dict[str, Tensor]]] = {
     "blend": blend,
     "correct": correct,
     "score": score,
-    "rank": rank,
     "select": select,
     "count": count,
     "change": change,
