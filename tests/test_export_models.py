@@ -19,7 +19,7 @@ from hst_trt.builder.build import build_bundle, export_bundle, shipped_demo
 from hst_trt.bundle import Bundle
 from hst_trt.errors import IncompatibleError, IntegrityError, MissingError, NumericsError
 from hst_trt.export.check import check_structure, check_transformer
-from hst_trt.export.sources import PairFolders, check_stitchable
+from hst_trt.export.sources import PairFolders, check_stitchable, resolve_pair
 from hst_trt.export.transformer import transformer_graph
 from hst_trt.export.weights import WeightStore
 from hst_trt.pipeline import HybridStitchPipeline
@@ -183,6 +183,30 @@ def test_a_pair_without_t5_is_fed_zeros_as_diffusers_does(tmp_path: Path) -> Non
         generator=torch.Generator().manual_seed(1),
     ).images[0]  # fmt: skip
     assert np.abs(np.asarray(image).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_models_are_taken_from_the_hubs_cache_at_their_revision_and_partial_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--someone--pair" / "snapshots" / revision
+    pair_directory(snapshot)
+    source = ModelSource(source="someone/pair", revision=revision)
+    recipe = recipe_for(snapshot, large=source, small=source.model_copy(update={"component": "transformer_small"}))
+    assert resolve_pair(recipe).root == snapshot
+    for missing in ("vae", "text_encoder_3"):
+        (snapshot / missing).rename(tmp_path / missing)
+        with pytest.raises(MissingError, match="only in part in the local cache") as caught:
+            resolve_pair(recipe)
+        assert f"hf download someone/pair --revision {revision}" in str(caught.value)
+        (tmp_path / missing).rename(snapshot / missing)
+    other = recipe.model_copy(update={"small": recipe.small.model_copy(update={"revision": "f" * 40})})
+    with pytest.raises(MissingError, match="someone/pair is not in the local cache"):
+        resolve_pair(other)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
