@@ -196,7 +196,8 @@ def test_models_are_taken_from_the_hubs_cache_at_their_revision_and_partial_ones
     snapshot = tmp_path / "models--someone--pair" / "snapshots" / revision
     pair_directory(snapshot)
     source = ModelSource(source="someone/pair", revision=revision)
-    recipe = recipe_for(snapshot, large=source, small=source.model_copy(update={"component": "transformer_small"}))
+    small = source.model_copy(update={"component": "transformer_small"})
+    recipe = recipe_for(snapshot).model_copy(update={"large": source, "small": small})
     assert resolve_pair(recipe).root == snapshot
     for missing in ("vae", "text_encoder_3"):
         (snapshot / missing).rename(tmp_path / missing)
