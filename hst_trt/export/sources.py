@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,22 +75,24 @@ def _resolve(model: ModelSource, patterns: list[str], download: bool) -> Path:
             f"{model.source} is a hub id, and huggingface_hub is not installed", fix='pip install "hst_trt[export]"'
         ) from exc
     settings: dict[str, Any] = {"revision": model.revision, "allow_patterns": patterns, "ignore_patterns": _UNWANTED}
-    cached: Path | None = None
-    with contextlib.suppress(LocalEntryNotFoundError, OSError, ValueError):
-        cached = Path(snapshot_download(model.source, local_files_only=True, **settings))
-    if cached is not None and _is_complete(cached, model.component, whole=patterns is _WHOLE_MODEL):
-        return cached
-    try:
-        return Path(snapshot_download(model.source, local_files_only=not download, **settings))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
-        revision = f" --revision {model.revision}" if model.revision else ""
-        where = "is only in part in the local cache" if cached else "is not in the local cache"
-        raise MissingError(
-            f"the model {model.source} {where} and could not be fetched",
-            found=f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no answer'}",
-            fix=f"accept its licence on the hub, then run `hf auth login` and `hf download {model.source}{revision}`; "
-            "or point the recipe's `source` at a local directory",
-        ) from exc
+    found: Path | None = None
+    trouble = "an incomplete snapshot"
+    for local_only in (True, False) if download else (True,):
+        try:
+            found = Path(snapshot_download(model.source, local_files_only=local_only, **settings))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
+            trouble = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else 'no answer'}"
+            continue
+        # Offline, the hub's library calls a part of a model the model.
+        if _is_complete(found, model.component, whole=patterns is _WHOLE_MODEL):
+            return found
+    revision = f" --revision {model.revision}" if model.revision else ""
+    raise MissingError(
+        f"the model {model.source} is {'only in part' if found else 'not'} in the local cache and could not be fetched",
+        found=trouble,
+        fix=f"accept its licence on the hub, then run `hf auth login` and `hf download {model.source}{revision}`; "
+        "or point the recipe's `source` at a local directory",
+    )
 
 
 def _is_complete(root: Path, component: str, *, whole: bool) -> bool:
