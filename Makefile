@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo test test-all lint format demo-graphs bench clean
+.PHONY: help setup demo test test-all lint format demo-graphs pictures bench clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,9 @@ format: setup  ## Put the code into shape.
 
 demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
 	$(BIN)/python scripts/ship_demo_graphs.py
+
+pictures: setup  ## Draw the pictures of the README anew.
+	$(BIN)/python scripts/readme_pictures.py
 
 bench: setup  ## Time calls, whole runs and start-up, beside the cost model.
 	$(BIN)/hst-trt build --gpu cpu --pair demo

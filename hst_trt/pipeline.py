@@ -91,7 +91,7 @@ class HybridStitchPipeline:
         if bundle.manifest.state != "complete":
             raise IncompatibleError(
                 f"{bundle.path} holds graphs only, it was not built for {target.name} yet",
-                fix=f"run the `hst-trt build --gpu {target.name}` that made it once more, on such a machine",
+                fix="this version builds engines for no GPU yet; for a CPU, build the same pair with `hst-trt build --gpu cpu`",
             )
         if target.backend != "onnxruntime":
             raise IncompatibleError(

@@ -70,8 +70,8 @@ def test_the_help_lists_every_command_with_a_line(hst: Hst) -> None:
         (["run", "--prompt", "x", "--guidance-scale", "high"], "'high' is not a valid float"),
         (["run", "--prompt", "x", "--schedule", "fastest"], "'fastest' is not one of 'hybrid', 'large'"),
         (["run", "--prompt", "x", "--threads", "-1"], "-1 is not in the range"),
-        (["run"], "one of --prompt and --prompts-file is needed"),
-        (["run", "--prompt", "x", "--prompts-file", "y"], "one of --prompt and --prompts-file is needed"),
+        (["run"], "--prompts-file"),
+        (["run", "--prompt", "x", "--prompts-file", "y"], "--prompts-file"),
         (["plan", "extra"], "extra"),
     ],
 )
@@ -207,7 +207,7 @@ def test_results_go_to_stdout_and_nothing_but_messages_to_stderr_without_bars_or
     drawn = run("--prompt", "[red] a castle", "--seed", 7, "--save-masks")
     assert drawn.out.splitlines()[-2:] == ["outputs/hst_7_000.png", "outputs/hst_7_000_masks.png"]
     assert "[red] a castle" in drawn.out  # not taken for markup
-    assert "large compute saved" in drawn.out
+    assert "large model's compute saved" in drawn.out
     results = [
         drawn,
         hst("verify", tiny_bundle),
@@ -228,7 +228,7 @@ def test_verbose_shows_where_an_error_came_from_and_plain_does_not(hst: Hst, mon
     assert plain.returncode == verbose.returncode == 4
     assert "Traceback" not in plain.stderr
     assert "Traceback" in verbose.stderr
-    assert "_read_manifest" in verbose.stderr
+    assert "find_bundle" in verbose.stderr
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed pipe"])
@@ -455,7 +455,7 @@ def test_a_gpu_build_without_tensorrt_keeps_the_graphs_and_names_the_command_tha
     output = tmp_path / "my bundles"
     command = ["build", "--gpu", "h100", "--pair", tiny_recipe if pair == "tiny" else "demo", "--output", output]
     first = hst(*command)
-    failed(first, 4, "tensorrt", "not installed", 'pip install "hst_trt[tensorrt]"')
+    failed(first, 4, "tensorrt", "does not build yet", 'pip install "hst_trt[tensorrt]"')
     final = output / f"{pair}-h100.hstb"
     assert Bundle.open(final).manifest.state == "graphs"
     assert str(final) in first.err

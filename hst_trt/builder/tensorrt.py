@@ -1,8 +1,7 @@
-"""Finishing a bundle for a GPU: checks that TensorRT and the GPU are here, and says how to go on where they are not."""
+"""Finishing a bundle for a GPU, which this version cannot: it keeps the graphs and says how to go on."""
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from typing import NoReturn
 
@@ -12,7 +11,7 @@ from ..recipe import Target
 
 __all__ = ["finish"]
 
-_MODULES = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def finish(bundle: Bundle, target: Target, pair: str) -> NoReturn:
@@ -26,18 +25,11 @@ def finish(bundle: Bundle, target: Target, pair: str) -> NoReturn:
     Raises:
         MissingError: always, with what is missing and the command that goes on.
     """
-    module, extra = _MODULES[target.backend]
+    extra = _EXTRAS[target.backend]
     command = shlex.join(["hst-trt", "build", "--gpu", target.name, "--pair", pair, "--output", str(bundle.path.parent)])
-    kept = f"the graphs are exported and checked, and wait in {bundle.path}"
-    if importlib.util.find_spec(module) is None:
-        raise MissingError(
-            f"the engines for {target.name} need {target.backend}, which is not installed here",
-            found=kept,
-            fix=f'on the machine with the GPU: pip install "hst_trt[{extra}]", copy the bundle there if it is another '
-            f"one, then `{command}`",
-        )
     raise MissingError(
-        f"this version of hst_trt does not build {target.backend} engines yet",
-        found=kept,
-        fix=f"upgrade hst_trt, then `{command}` goes on from there",
+        f"{target.name} needs {target.backend} engines, which this version of hst_trt does not build yet",
+        found=f"the graphs are exported and checked, and wait in {bundle.path}",
+        fix=f'with a version that builds them, on a machine with that GPU: pip install "hst_trt[{extra}]", copy the bundle '
+        f"there if it is another machine, then `{command}`; to draw without a GPU: `hst-trt build --gpu cpu`",
     )

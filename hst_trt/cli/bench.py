@@ -79,7 +79,7 @@ def bench(
     tables.print(table)
     if runs is None:
         return
-    columns = ("schedule", "loop ms", "quartiles", "speed-up", "predicted", "of predicted", "whole run ms", "overhead")
+    columns = ("schedule", "loop ms", "quartiles", "faster", "expected", "share", "run ms", "outside")
     table = Table(*columns, title=f"{len(plan.steps)} steps")
     for name, row in runs.to_dict()["runs"].items():
         s = row["loop_seconds"]
@@ -95,5 +95,6 @@ def bench(
         )
     tables.print(table)
     tables.print(
-        "predicted: from the measured calls above; overhead: the loop's time outside the transformers, of the whole run"
+        "faster: speed-up of the loop over large; expected: from the calls above; share: of expected;\n"
+        "outside: the loop's time outside the transformers, of the whole run"
     )

@@ -52,11 +52,11 @@ def export(gpu: str, pair: str | None, output: Path | None, force: bool, explain
 @_common
 @click.option("--dry-run", is_flag=True, help="Say what would be built and where, and stop.")
 def build(gpu: str, pair: str | None, output: Path | None, force: bool, explain: bool, as_json: bool, dry_run: bool) -> None:
-    """Build a bundle for a target: graphs, then engines.
+    """Build a bundle for a target. For a GPU, this version stops after the graphs, with exit code 4.
 
     \b
-    hst-trt build                     for the GPU that is here, else for the CPU
-    hst-trt build --gpu h100          stops with the graphs where the GPU or TensorRT is missing, and says how to go on
+    hst-trt build --gpu cpu           the demo pair, ready to run
+    hst-trt build --gpu h100          exports and keeps the graphs of SD3.5, and says how to go on
     """
     from ..builder.build import build_bundle
 
@@ -67,7 +67,8 @@ def build(gpu: str, pair: str | None, output: Path | None, force: bool, explain:
             print_json("hst_trt.build-plan/1", {"bundle": str(final), "exists": final.exists()} | described)
             return
         state = "is there and would be checked" if final.exists() else "would be made"
-        tables.print(f"{recipe.name} for {target.name} ({target.backend}, {target.precision}): {final} {state}")
+        engines = "" if target.backend == "onnxruntime" else ", graphs only: this version builds no engines yet"
+        tables.print(f"{recipe.name} for {target.name} ({target.backend}, {target.precision}): {final} {state}{engines}")
         return
     _run(build_bundle, gpu, pair, output, force, explain, as_json)
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ..bundle import Bundle
-from ..tensor_names import GLUE
+from ..tensor_names import GLUE, VAE_DECODER
 from .console import bars, print_json, tables
 from .options import find_bundle
 
@@ -31,7 +31,8 @@ def inspect(bundle: str | None, as_json: bool) -> None:
 
     t = m.target
     tables.print(opened.path)
-    tables.print(f"{m.recipe} for {t.name}: {t.backend} {t.backend_version}, {t.precision}, {t.os}/{t.arch}, state {m.state}")
+    backend = f"{t.backend} {t.backend_version}".strip()
+    tables.print(f"{m.recipe} for {t.name}: {backend}, {t.precision}, {t.os}/{t.arch}, state {m.state}")
     tables.print(f"made {m.created} by {m.created_by}, fingerprint {m.fingerprint[:16]}")
     for name, model in m.models.items():
         spec = getattr(opened.spec, name)
@@ -44,6 +45,8 @@ def inspect(bundle: str | None, as_json: bool) -> None:
             continue
         mib = sum(m.files[file].bytes for file in (graph.path, *graph.weights)) / 2**20
         error = "" if graph.worst_error is None else f"{graph.worst_error:.1e}"
+        if name == VAE_DECODER and graph.worst_error is not None:
+            error = f"{graph.worst_error:.0f}/255"
         table.add_row(name, f"{mib:.2f}", _tensors(graph.inputs), _tensors(graph.outputs), error)
     tables.print(table)
     tables.print(f"glue: {', '.join(name for name in m.graphs if name in GLUE)}")

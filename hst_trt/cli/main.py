@@ -17,7 +17,7 @@ __all__ = ["main"]
 _COMMANDS = {  # name -> (module, what it does); modules are imported only when their command is called
     "doctor": ("doctor", "Say what this machine has: GPU, TensorRT, packages, bundles."),
     "export": ("build", "Write the ONNX graphs of a pair, and check them against PyTorch."),
-    "build": ("build", "Build a bundle for a target: graphs, then engines."),
+    "build": ("build", "Build a bundle for a target."),
     "inspect": ("inspect", "Show what a bundle holds."),
     "verify": ("inspect", "Check every file of a bundle against its hash."),
     "plan": ("plan", "Print a schedule as a table, with its predicted cost."),
@@ -47,7 +47,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="hst-trt")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done, and show tracebacks of errors.")
 def cli(verbose: bool) -> None:
-    """Deploy HybridStitch as compiled engines: export, build and run stitched diffusion transformers.
+    """Run HybridStitch, a large and a small diffusion transformer stitched into one: export, build, draw, measure.
 
     Results go to stdout, messages and progress to stderr.
     """

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from ..bundle import MANIFEST, SUFFIX, bundles_folder, newest_bundle
-from ..errors import RequestError
+from ..errors import MissingError, RequestError
 from ..plan import MaskRule, Schedule
 
 __all__ = ["BUNDLE", "find_bundle", "plan_arguments", "schedule_options", "size_options"]
@@ -117,7 +117,10 @@ def find_bundle(name: str | None) -> Path:
         for candidate in (path, Path(name + SUFFIX), folder / name, folder / (name + SUFFIX)):
             if candidate.is_dir() and (candidate.suffix == SUFFIX or (candidate / MANIFEST).is_file()):
                 return candidate
-        return path  # opening it says that it is not there
+        there = ", ".join(sorted(p.stem for p in folder.glob(f"*{SUFFIX}"))) or "no bundles"
+        raise MissingError(
+            f"there is no bundle {name!r}", found=f"{there} in {folder}", fix="give one of them, a path, or run `hst-trt build`"
+        )
     if newest := newest_bundle(folder, ["onnxruntime"]):
         return newest
     from ..builder.build import build_bundle

@@ -60,6 +60,8 @@ def plan(bundle: str | None, as_json: bool, **schedule: Any) -> None:
         f"{cost:.2f} large steps' worth of compute for {large_only} steps: {speedup:.2f}x large-only, by {costs.source}\n"
         f"the same compute buys {cost:.1f} plain large-only steps"
     )
+    if made.mask is not None and made.mask.threshold is not None:
+        tables.print("threshold mask: each step's count is found during the run; the table shows the default share instead")
     if made.switch is not None:
         first, last = made.switch.bounds(large_only)
         tables.print(f"adaptive: the large stage may end after step {first} to {last}; the table shows the latest switch")

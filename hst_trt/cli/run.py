@@ -43,7 +43,7 @@ __all__ = ["run"]
     help="Where PNG files go.",
 )
 @click.option("--overwrite", is_flag=True, help="Number files from 000, replacing older ones.")
-@click.option("--save-masks", is_flag=True, help="Also write a picture of the masks over the steps.")
+@click.option("--save-masks", is_flag=True, help="Also lay each step's mask over the first finished picture, in one file.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
@@ -65,7 +65,7 @@ def run(
 
     \b
     hst-trt run --prompt "a red apple on a blue background"
-    hst-trt run --prompt "a castle in the night sky" --seed 7 --schedule hybrid --save-masks
+    hst-trt run --prompt "a penguin on the sea" --seed 7 --schedule hybrid --save-masks
     """
     prompts = _prompts(prompt, prompts_file)
     arguments = plan_arguments(schedule)
@@ -124,7 +124,9 @@ def run(
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    if (prompt is None) == (file is None):
+    if prompt is not None and file is not None:
+        raise RequestError("--prompt and --prompts-file are two ways to say what to draw", fix="give one of them")
+    if prompt is None and file is None:
         raise RequestError(
             "one of --prompt and --prompts-file is needed",
             fix='hst-trt run --prompt "a red apple on a blue background"',
@@ -184,7 +186,8 @@ def _print_stats(result: dict[str, Any], loaded: float) -> None:
     tables.print(table)
     seconds, source = result["seconds"], result["cost_source"]
     tables.print(
-        f"large compute saved {result['large_compute_saved']:.0%} · {result['modelled_speedup']:.2f}x large-only by {source}\n"
+        f"large model's compute saved {result['large_compute_saved']:.0%} · with the small model's, the loop is predicted "
+        f"{result['modelled_speedup']:.2f}x as fast as large-only by {source}; `hst-trt bench` measures it\n"
         f"load {loaded:.2f} s · text {seconds['text']:.3f} s · denoise {seconds['denoise']:.3f} s · "
         f"VAE {seconds['vae']:.3f} s · outside the transformers {result['overhead']:.1%} of the loop"
     )
