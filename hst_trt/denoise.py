@@ -52,7 +52,7 @@ def denoise(
             as the step's bucket: so that two backends can be compared although near-ties in the scores may fall either way.
         on_step_end: called after each step; returning False ends the loop early.
     """
-    n = plan.num_tokens
+    n, looks_back = plan.num_tokens, plan.looks_back
     records: list[StepRecord] = []
     changes: list[float] = []
     drawn = 0  # tokens in the mask that the last redraw left
@@ -86,7 +86,7 @@ def denoise(
         if step.redraw:
             drawn = _redraw(ws, plan, t + 1, tokens, None if replay is None else replay.get(t + 1))
         ws.euler()
-        if plan.mask is not None or plan.switch is not None:
+        if looks_back:
             ws.remember()
         records.append(StepRecord(step, tokens, time.perf_counter() - start, mask))
         if on_step_end is not None and not on_step_end(t, records[-1]):

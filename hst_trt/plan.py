@@ -186,6 +186,12 @@ class StitchPlan:
     def uses_small(self) -> bool:
         return any(step.small for step in self.steps)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether some step needs the predictions of the one before: for the adaptive rule, drift, or unmasked tokens of ras."""
+        alone = any(step.redraw and not step.small for step in self.steps)
+        return self.switch is not None or alone or (self.mask is not None and self.mask.drift > 0)
+
     def may_switch_after(self, large_steps: int) -> bool:
         """Whether an adaptive switch may end the large stage after so many steps: not too early, and before its planned end."""
         if self.switch is None or self.request is None:
