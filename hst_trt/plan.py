@@ -188,7 +188,7 @@ class StitchPlan:
 
     @property
     def looks_back(self) -> bool:
-        """Whether some step needs the predictions of the one before: for the adaptive rule, drift, or unmasked tokens of ras."""
+        """Whether some step needs the predictions of the one before: for the adaptive rule, drift, or tokens of ras."""
         alone = any(step.redraw and not step.small for step in self.steps)
         return self.switch is not None or alone or (self.mask is not None and self.mask.drift > 0)
 

@@ -519,12 +519,13 @@ def test_ctrl_c_while_exporting_exits_with_130_and_the_same_command_goes_on_from
     hst: Hst, tiny_recipe: Path, tmp_path: Path, command: str
 ) -> None:
     words = [command, "--gpu", "cpu", "--pair", tiny_recipe, "--output", tmp_path / "bundles"]
-    code, _ = interrupt_when("vae_decoder", words, tmp_path)
+    # Bars are drawn ten times a second, so not every name is seen; and a tiny pair is exported in two seconds, so be early.
+    code, _ = interrupt_when("glue|text_encoder", words, tmp_path)
     assert code == 130
     final = tmp_path / "bundles" / "tiny-cpu.hstb"
     assert not final.exists()
     journal = json.loads((final.with_name(f".{final.name}.building") / "journal.json").read_text())
-    assert {"tokenizers", "glue", "text_encoder", "text_encoder_3"} <= journal.keys()
+    assert {"tokenizers", "scheduler"} <= journal.keys()
     stamps = {name: entry["files"] for name, entry in journal.items()}
     result = hst(*words)
     assert (result.code, result.out.strip()) == (0, str(final))
