@@ -97,6 +97,7 @@ def test_an_adaptive_switch_ends_the_large_stage_where_it_fires() -> None:
     switched = made.switched_at(4)
     assert switched == plan(steps=20, stages=(4, 5, 11))
     assert made.switch.bounds(20) == (2, 12)
+    assert [t for t in range(21) if made.may_switch_after(t)] == list(range(2, 12)), "not too early, and before its planned end"
     assert plan(steps=20, stages=(18, 2, 0), switch=AdaptiveSwitch()).switched_at(19) == plan(steps=20, stages=(19, 1, 0))
 
 
