@@ -149,10 +149,17 @@ class TextEncoders(nn.Module):
             )
         )
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ids` `[B, 3, TOKENS]` to states `[B, 2 * TOKENS, 128]` and pooled `[B, 128]`, as `encode_prompt` does."""
+    def forward(self, ids: torch.Tensor, t5_length: int = TOKENS, *, no_t5: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ids` `[B, 3, TOKENS]` to states `[B, TOKENS + t5_length, 128]` and pooled `[B, 128]`, as `encode_prompt` does.
+
+        The T5 prompt is padded to `t5_length`; without T5 its states are zeros.
+        """
         clips = [m(ids[:, i], output_hidden_states=True) for i, m in enumerate((self.first, self.second))]
         clip_states = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)
         clip_states = F.pad(clip_states, (0, T5_WIDTH - clip_states.shape[-1]))
-        states = torch.cat([clip_states, self.third(ids[:, 2])[0]], dim=-2)
+        if no_t5:
+            t5_states = clip_states.new_zeros(len(ids), t5_length, T5_WIDTH)
+        else:
+            t5_states = self.third(F.pad(ids[:, 2], (0, t5_length - TOKENS)))[0]
+        states = torch.cat([clip_states, t5_states], dim=-2)
         return states, torch.cat([clip.text_embeds for clip in clips], dim=-1)

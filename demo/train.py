@@ -1,15 +1,16 @@
 """Trains the two demo transformers by flow matching on precomputed latents, first the large one, then the small one.
 
-SD3's recipe: x_t = (1 - t) x + t n, the network predicts v = n - x and is fed t * 1000, t is logit-normal. The large
-transformer and the text encoders learn together; the small one sees those encoders frozen, as the two must share them.
-Matrices inside the blocks learn by Muon, which on so few steps is worth about half the training; the rest by AdamW.
-Time is the budget, not steps: the learning rate follows the clock, and a run that stopped goes on from its checkpoint.
+SD3's recipe: x_t = (1 - t) x + t n, the network predicts v = n - x and is fed t * 1000, t is logit-normal. Each
+transformer learns on half-size scenes of 64 tokens first, which are four times cheaper, then on whole ones of 256. The
+large transformer and the text encoders learn together; the small one sees those encoders frozen, as the two must share
+them. Matrices inside the blocks learn by Muon, which on so few steps is worth about half the training; the rest by AdamW.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import json
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,15 +19,41 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SD3Transformer2DModel
-from safetensors.torch import load_file, save_file
+from diffusers import SD3Transformer2DModel
 from torch import nn
 
-from demo.scenes import SIZE, Sprites, draw_scene
-from demo.text import POOLED_WIDTH, T5_WIDTH, TextEncoders, Tokenizers
-from demo.vae import LATENT_CHANNELS, encode, to_model_space
+from demo.data import HELD_OUT, Scenes
+from demo.errors import DemoError
+from demo.scenes import SIZE
+from demo.text import POOLED_WIDTH, T5_WIDTH, TOKENS, TextEncoders, Tokenizers
+from demo.vae import LATENT_CHANNELS
 
-HELD_OUT = 512
+BATCH = 64
+POSITIONS = 24
+"""Edge of the position table in tokens: sizes up to 384 px and non-square ones have positions of their own."""
+
+SAVE_EVERY, LOOK_EVERY = 45.0, 300.0
+"""Seconds between checkpoints, and between sample sheets."""
+
+LONG_TEXTS = (48, 128, 256)
+"""T5 lengths of the odd batches: diffusers pads T5 to 256 tokens unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Scenes of `edge` x `edge` latents, how many to see, and the mean of the logit-normal time."""
+
+    edge: int
+    images: int
+    time_mean: float
+
+    @property
+    def tokens(self) -> int:
+        return (self.edge // 2) ** 2 + 2 * TOKENS
+
+    @property
+    def steps(self) -> int:
+        return self.images // BATCH
 
 
 @dataclass(frozen=True)
@@ -35,15 +62,18 @@ class Shape:
 
     layers: int
     heads: int
-    dual_attention_layers: tuple[int, ...] = ()
+    dual_attention_layers: tuple[int, ...]
+    stages: tuple[Stage, Stage]
 
 
-SHAPES = {"large": Shape(layers=4, heads=3), "small": Shape(layers=3, heads=2, dual_attention_layers=(0, 1))}
+SHAPES = {
+    "large": Shape(5, 3, (), (Stage(16, 256_000, 0.3), Stage(32, 112_000, 0.7))),
+    "small": Shape(3, 2, (0, 1), (Stage(16, 256_000, 0.3), Stage(32, 128_000, 0.7))),
+}
 """The small one has dual attention in its first blocks, as SD3.5-Medium has."""
 
 
 def make_transformer(shape: Shape) -> SD3Transformer2DModel:
-    """The position table is 24x24, so that sizes up to 384 px and non-square ones have positions of their own."""
     return SD3Transformer2DModel(
         sample_size=SIZE // 8,
         patch_size=2,
@@ -55,27 +85,28 @@ def make_transformer(shape: Shape) -> SD3Transformer2DModel:
         joint_attention_dim=T5_WIDTH,
         caption_projection_dim=64 * shape.heads,
         pooled_projection_dim=POOLED_WIDTH,
-        pos_embed_max_size=24,
+        pos_embed_max_size=POSITIONS,
         dual_attention_layers=shape.dual_attention_layers,
         qk_norm="rms_norm",
     )
 
 
-def make_data(sprites: Sprites, vae: AutoencoderKL, count: int, seed: int = 5) -> dict[str, torch.Tensor]:
-    """`latents` `[count, 16, 16, 16]` float16 and token `ids` `[count, 3, TOKENS]` int16."""
-    rng = np.random.default_rng(seed)
-    tokenizers = Tokenizers.make()
-    latents, ids = [], []
-    for _ in range(0, count, 64):
-        scenes = [draw_scene(rng, sprites) for _ in range(64)]
-        latents.append(encode(vae, to_model_space(np.stack([scene.pixels for scene in scenes]))).half())
-        ids.append(tokenizers.ids([scene.caption for scene in scenes]).short())
-    return {"latents": torch.cat(latents)[:count].contiguous(), "ids": torch.cat(ids)[:count].contiguous()}
+def coarse_positions(table: torch.Tensor, edge: int) -> torch.Tensor:
+    """The position table `[1, 24 * 24, width]` whose middle `edge / 2` rows and columns span those of a whole scene.
+
+    So "on the left" is the same place for scenes of both sizes.
+    """
+    count, whole = edge // 2, SIZE // 16
+    step, first, start = whole // count, (POSITIONS - whole) // 2, (POSITIONS - count) // 2
+    grid = table.view(POSITIONS, POSITIONS, -1)
+    coarse = grid.clone()
+    coarse[start : start + count, start : start + count] = grid[first : first + whole : step, first : first + whole : step]
+    return coarse.view_as(table)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`noisy` and `velocity` `[B, 16, 16, 16]`, token `ids` `[B, 3, TOKENS]`, `timestep` `[B]` in 0..1000."""
+    """`noisy` and `velocity` `[B, 16, e, e]`, token `ids` `[B, 3, TOKENS]`, `timestep` `[B]` in 0..1000."""
 
     noisy: torch.Tensor
     velocity: torch.Tensor
@@ -83,30 +114,23 @@ class Batch:
     timestep: torch.Tensor
 
 
-def make_batch(latents: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> Batch:
+def make_batch(latents: torch.Tensor, ids: torch.Tensor, time_mean: float, generator: torch.Generator) -> Batch:
     noise = torch.randn(latents.shape, generator=generator)
-    t = torch.sigmoid(torch.randn(len(latents), generator=generator) + 0.3)
+    t = torch.sigmoid(torch.randn(len(latents), generator=generator) + time_mean)
     at = t[:, None, None, None]
     return Batch(noisy=(1 - at) * latents + at * noise, velocity=noise - latents, ids=ids, timestep=t * 1000)
 
 
-def batches(data: dict[str, torch.Tensor], size: int, seed: int) -> Iterator[Batch]:
+def batches(scenes: Scenes, stage: Stage, seed: int) -> Iterator[Batch]:
     """Endless shuffled batches; 10 % of the captions are empty, which is what guidance subtracts."""
     generator = torch.Generator().manual_seed(seed)
     empty = Tokenizers.make().ids([""])
     while True:
-        for rows in torch.randperm(len(data["ids"]) - HELD_OUT, generator=generator).split(size):
-            if len(rows) == size:
-                dropped = torch.rand(size, generator=generator)[:, None, None] < 0.1
-                ids = torch.where(dropped, empty, data["ids"][rows].long())
-                yield make_batch(data["latents"][rows].float(), ids, generator)
-
-
-def flow_loss(transformer: Callable[..., tuple[torch.Tensor]], text: TextEncoders, batch: Batch) -> torch.Tensor:
-    states, pooled = text(batch.ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = transformer(batch.noisy, states, pooled, batch.timestep, return_dict=False)[0]
-    return F.mse_loss(velocity.float(), batch.velocity)
+        for rows in torch.randperm(len(scenes.ids) - HELD_OUT, generator=generator).split(BATCH):
+            if len(rows) == BATCH:
+                dropped = torch.rand(BATCH, generator=generator)[:, None, None] < 0.1
+                ids = torch.where(dropped, empty, scenes.ids[rows].long())
+                yield make_batch(scenes.latents[stage.edge][rows].float(), ids, stage.time_mean, generator)
 
 
 class Drawer(nn.Module):
@@ -119,18 +143,19 @@ class Drawer(nn.Module):
 
 
 class Run:
-    """One transformer in training: weights, their moving average, optimizers and clock, kept in one file."""
+    """One transformer in training: weights, their moving average, optimizers and progress, kept in one file."""
 
-    def __init__(self, name: str, folder: Path, minutes: float) -> None:
-        self.path = folder / f"{name}.pt"
-        self.minutes = minutes
-        self.learns_text = name == "large"
+    def __init__(self, name: str, work: Path) -> None:
+        self.name, self.path = name, work / f"{name}.pt"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.stages = SHAPES[name].stages
         torch.manual_seed(len(name))
-        self.live = Drawer(make_transformer(SHAPES[name]), TextEncoders(Tokenizers.make()))
+        self.live = Drawer(make_transformer(SHAPES[name]), TextEncoders(Tokenizers.make())).to(self.device)
         self.average = copy.deepcopy(self.live).requires_grad_(False)
-        if not self.learns_text:
+        self.positions = self.live.transformer.pos_embed.pos_embed.clone()
+        if name == "small":
             for text in (self.live.text, self.average.text):
-                text.load_state_dict(load_average(folder / "large.pt", "text"))
+                text.load_state_dict(load_average(work / "large.pt", "text"))
                 text.requires_grad_(False)
         blocks = [p for p in self.live.transformer.transformer_blocks.parameters() if p.ndim == 2]
         known = set(map(id, blocks))
@@ -142,24 +167,50 @@ class Run:
         self.step = 0
         self.seconds = 0.0
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+            self._restore()
+
+    def _restore(self) -> None:
+        try:
+            state = torch.load(self.path, weights_only=True, map_location=self.device)
             self.live.load_state_dict(state["live"])
             self.average.load_state_dict(state["average"])
             for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step, self.seconds = state["step"], state["seconds"]
-            print(f"{name}: goes on at step {self.step}, {self.seconds / 60:.1f} min", flush=True)
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DemoError(
+                f"{self.path} is not a checkpoint of this recipe's {self.name} transformer ({reason}): "
+                "move it away to train anew, or check out the recipe that wrote it"
+            ) from None
+        print(f"{self.name}: goes on at step {self.step} of {self.total_steps}, {self.seconds / 60:.1f} min", flush=True)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[0] if self.step < self.stages[0].steps else self.stages[1]
 
     @property
     def done(self) -> float:
-        return self.seconds / (60 * self.minutes)
+        """Share of the whole run's tokens that were seen."""
+        first, second = self.stages
+        early = min(self.step, first.steps)
+        seen = early * first.tokens + (self.step - early) * second.tokens
+        return seen / (first.steps * first.tokens + second.steps * second.tokens)
 
     def set_rates(self) -> None:
-        """100 steps of warm-up, then constant, then linear to nothing over the last 45 % of the time."""
-        share = min(1.0, (self.step + 1) / 100) * min(1.0, max(0.01, (1 - self.done) / 0.45))
+        """100 steps of warm-up, then constant, then linear to nothing over the last half."""
+        share = min(1.0, (self.step + 1) / 100) * min(1.0, max(0.01, (1 - self.done) / 0.5))
         for optimizer, rate in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
+
+    def enter(self, stage: Stage) -> None:
+        for drawer in (self.live, self.average):
+            drawer.transformer.pos_embed.pos_embed.copy_(coarse_positions(self.positions, stage.edge))
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -181,29 +232,71 @@ class Run:
 
 def load_average(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     """The averaged weights of `part` (`transformer` or `text`) from a checkpoint."""
-    average = torch.load(checkpoint, weights_only=True)["average"]
+    average = torch.load(checkpoint, weights_only=True, map_location="cpu")["average"]
     return {key.removeprefix(f"{part}."): value for key, value in average.items() if key.startswith(f"{part}.")}
 
 
+class Loss:
+    """Flow matching of one run at one stage; the transformer is compiled for the shape that nearly all batches have."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.compiled: Callable[..., tuple[torch.Tensor]] = torch.compile(run.live.transformer, dynamic=False)
+        self.generator = torch.Generator().manual_seed(run.step)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Two batches in 32 are odd, so that the pair survives diffusers' defaults: without T5, or with long padding."""
+        odd = int(torch.randint(32, (), generator=self.generator))
+        length = LONG_TEXTS[int(torch.randint(3, (), generator=self.generator))] if odd == 0 else TOKENS
+        transformer = self.run.live.transformer if odd == 0 else self.compiled
+        return flow_loss(transformer, self.run.live.text, batch, self.run.device, length, no_t5=odd == 1)
+
+
+def flow_loss(
+    transformer: Callable[..., tuple[torch.Tensor]],
+    text: TextEncoders,
+    batch: Batch,
+    device: torch.device,
+    t5_length: int = TOKENS,
+    *,
+    no_t5: bool = False,
+) -> torch.Tensor:
+    states, pooled = text(batch.ids.to(device), t5_length, no_t5=no_t5)
+    with torch.autocast(device.type, torch.bfloat16):
+        velocity = transformer(batch.noisy.to(device), states, pooled, batch.timestep.to(device), return_dict=False)[0]
+    return F.mse_loss(velocity.float(), batch.velocity.to(device))
+
+
 @torch.no_grad()
-def held_out_loss(run: Run, data: dict[str, torch.Tensor]) -> float:
+def held_out_loss(run: Run, scenes: Scenes) -> float:
     """Loss of the averaged weights on scenes never trained on, the same noise every time."""
-    batch = make_batch(data["latents"][-HELD_OUT:].float(), data["ids"][-HELD_OUT:].long(), torch.Generator().manual_seed(0))
-    return flow_loss(run.average.transformer, run.average.text, batch).item()
+    stage = run.stage
+    losses = []
+    for rows in torch.arange(len(scenes.ids) - HELD_OUT, len(scenes.ids)).split(BATCH):
+        generator = torch.Generator().manual_seed(int(rows[0]))
+        batch = make_batch(scenes.latents[stage.edge][rows].float(), scenes.ids[rows].long(), stage.time_mean, generator)
+        losses.append(flow_loss(run.average.transformer, run.average.text, batch, run.device).item())
+    return float(np.mean(losses))
 
 
-def train(run: Run, data: dict[str, torch.Tensor], batch_size: int, save_every: float = 120.0) -> None:
-    transformer = torch.compile(run.live.transformer)
+def train(run: Run, scenes: Scenes, look: Callable[[Run], None]) -> None:
+    """To the end of both stages. `look` is called every few minutes; the metrics go to `NAME.jsonl`, one line a checkpoint."""
+    while run.step < run.total_steps:
+        stage = run.stage
+        run.enter(stage)
+        torch.compiler.reset()
+        train_stage(run, stage, scenes, look)
+    run.save()
+
+
+def train_stage(run: Run, stage: Stage, scenes: Scenes, look: Callable[[Run], None]) -> None:
+    loss_of = Loss(run)
+    stream = batches(scenes, stage, seed=run.step)
     losses: list[float] = []
-    saved = run.seconds
-    stream = batches(data, batch_size, seed=run.step)
-    flow_loss(transformer, run.live.text, next(stream)).backward()  # compiles; not counted as training
-    for optimizer, _ in run.optimizers:
-        optimizer.zero_grad()
-    tick = time.monotonic()
-    while run.done < 1:
+    saved = looked = last = time.monotonic()
+    while run.step < run.total_steps and run.stage is stage:
         run.set_rates()
-        loss = flow_loss(transformer, run.live.text, next(stream))
+        loss = loss_of(next(stream))
         loss.backward()
         for optimizer, _ in run.optimizers:
             optimizer.step()
@@ -211,40 +304,31 @@ def train(run: Run, data: dict[str, torch.Tensor], batch_size: int, save_every: 
         run.step += 1
         run.update_average()
         losses.append(loss.item())
-        tick, last = time.monotonic(), tick
-        run.seconds += tick - last
-        if run.seconds - saved > save_every or run.done >= 1:
-            saved = run.seconds
+        now = time.monotonic()
+        run.seconds += now - last
+        last = now
+        ended = run.step == run.total_steps or run.stage is not stage
+        if now - saved > SAVE_EVERY or ended:
             run.save()
-            print(
-                f"{run.seconds / 60:5.1f} min  step {run.step}  images {run.step * batch_size}  "
-                f"loss {np.mean(losses):.4f}  held out {held_out_loss(run, data):.4f}",
-                flush=True,
-            )
+            saved = now
+            held_out = held_out_loss(run, scenes) if now - looked > LOOK_EVERY / 3 or ended else None
+            report(run, stage, float(np.mean(losses)), held_out)
             losses.clear()
+        if now - looked > LOOK_EVERY or ended:
+            look(run)
+            looked = now
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("data", *SHAPES))
-    parser.add_argument("--out", type=Path, default=Path("build/out/demo"), help="work folder; holds vae/ from demo.vae")
-    parser.add_argument("--sprites", type=Path, help="for data: the assets/ folder of @lobehub/fluent-emoji-3d")
-    parser.add_argument("--scenes", type=int, default=24_000, help="for data")
-    parser.add_argument("--minutes", type=float, default=45.0, help="training time; compiling comes on top")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    data_file = arguments.out / "data.safetensors"
-    if arguments.what == "data":
-        if arguments.sprites is None:
-            parser.error("data needs --sprites")
-        vae = AutoencoderKL.from_pretrained(arguments.out / "vae")
-        save_file(make_data(Sprites(arguments.sprites), vae, arguments.scenes), data_file)
-        return
-    run = Run(arguments.what, arguments.out, arguments.minutes)
-    train(run, load_file(data_file), arguments.batch_size)
-
-
-if __name__ == "__main__":
-    main()
+def report(run: Run, stage: Stage, loss: float, held_out: float | None) -> None:
+    line = {
+        "minutes": round(run.seconds / 60, 2),
+        "step": run.step,
+        "images": run.step * BATCH,
+        "edge": stage.edge,
+        "loss": round(loss, 4),
+        "held_out": held_out and round(held_out, 4),
+    }
+    with run.path.with_suffix(".jsonl").open("a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
+    left = run.seconds * (1 / run.done - 1) / 60
+    print(f"{run.name}: {json.dumps(line)}, about {left:.0f} min left", flush=True)

@@ -8,7 +8,7 @@ behind.
 
 from __future__ import annotations
 
-import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from demo.scenes import SIZE, Scene, Sprites, draw_scene
 
 CHANNELS = (16, 32, 64, 96)
+CROP = 128
+DECODER_STEPS, DECODER_RATE = 3000, 3e-3
 LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 """SD3's own constants: the encoder is built to need them, so code that forgets one of the two shows it."""
@@ -134,8 +136,31 @@ def _principal(features: torch.Tensor, count: int, *, centred: bool) -> tuple[to
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """`[B, 3, H, W]` to the latents `[B, 16, H/8, W/8]` that the transformers work on (unit rms)."""
+    """`[B, 3, H, W]` to the latents `[B, 16, H/8, W/8]` that the transformers work on (about unit rms)."""
     return (vae.encode(pictures).latent_dist.mode() - SHIFT_FACTOR) * SCALING_FACTOR
+
+
+class PatchMap:
+    """What a PCA encoder amounts to, an affine map of 8x8 patches: `encode` a hundred times faster, and its inverse."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        down = vae.encoder.down_blocks
+        first, second = down[1].downsamplers[0].conv, down[2].downsamplers[0].conv
+        self._quarter = first.weight.detach()[:32, :12, :2, :2]
+        self._eighth = second.weight.detach()[:LATENT_CHANNELS, :32, :2, :2] * SCALING_FACTOR
+        self._bias = (second.bias.detach()[:LATENT_CHANNELS] - SHIFT_FACTOR) * SCALING_FACTOR
+        units = torch.eye(192).view(192, 3, 8, 8)
+        self._inverse = torch.linalg.pinv((self.encode(units) - self.encode(0 * units)).flatten(1).T)
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """As `encode`, for the VAE this was made of."""
+        quarter = F.conv2d(F.pixel_unshuffle(pictures, 2), self._quarter, stride=2)
+        return F.conv2d(quarter, self._eighth, self._bias, stride=2)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The least-squares inverse, `[B, 3, 8 h, 8 w]`: blocky, but there before a decoder is trained."""
+        patches = torch.einsum("bchw,pc->bphw", latents - self._bias[:, None, None], self._inverse)
+        return F.pixel_shuffle(patches, 8)
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -148,34 +173,60 @@ def psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
     return float((-10 * ((pictures.clamp(-1, 1) - reference) / 2).square().mean((1, 2, 3)).log10()).mean())
 
 
-def _crop(rng: np.random.Generator, scene: Scene, edge: int) -> np.ndarray:
-    """An `edge` x `edge` window that lies on a sprite: plain background has little to teach."""
-    left, top, size = scene.boxes[rng.integers(len(scene.boxes))]
-    corner = [int(np.clip(at + rng.integers(size) - edge // 2, 0, SIZE - edge)) for at in (top, left)]
-    return scene.pixels[corner[0] : corner[0] + edge, corner[1] : corner[1] + edge]
+def make_encoder(work: Path, sprites: Sprites) -> AutoencoderKL:
+    """The VAE of `work/vae`, written there with its encoder, and a decoder that knows nothing, if it is not yet."""
+    torch.manual_seed(0)
+    vae = make_vae()
+    weights = work / "vae" / "diffusion_pytorch_model.safetensors"
+    if weights.exists():
+        vae.load_state_dict(load_file(weights))
+        return vae
+    rng = np.random.default_rng(3)
+    write_pca_encoder(vae, to_model_space(np.stack([draw_scene(rng, sprites).pixels for _ in range(384)])))
+    vae.save_pretrained(work / "vae.part")
+    (work / "vae.part").rename(work / "vae")
+    return vae
 
 
-def train_decoder(vae: AutoencoderKL, sprites: Sprites, minutes: float, peak: float, seed: int) -> None:
-    """Trains the decoder for `minutes` of wall time; prints the PSNR of held-out scenes every half minute."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    decoder = vae.decoder.to(memory_format=torch.channels_last)
-    held_out_rng = np.random.default_rng(seed + 999)
+def _crop(rng: np.random.Generator, scene: Scene) -> np.ndarray:
+    """A `CROP` x `CROP` window that lies on a sprite: plain background has little to teach."""
+    placed = scene.objects[rng.integers(len(scene.objects))]
+    corner = [int(np.clip(at + rng.integers(placed.edge) - CROP // 2, 0, SIZE - CROP)) for at in (placed.top, placed.left)]
+    return scene.pixels[corner[0] : corner[0] + CROP, corner[1] : corner[1] + CROP]
+
+
+def train_decoder(work: Path, sprites: Sprites) -> None:
+    """`DECODER_STEPS` steps, kept in `work/decoder.pt` on the way, the result in `work/vae`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = make_encoder(work, sprites)
+    encoder = PatchMap(vae)
+    decoder = vae.decoder.to(device, memory_format=torch.channels_last)
+    held_out_rng = np.random.default_rng(999)
     held_out = to_model_space(np.stack([draw_scene(held_out_rng, sprites).pixels for _ in range(32)]))
-    held_out_latents = encode(vae, held_out)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
-    start = time.monotonic()
-    reported = step = 0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        rate = peak * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=DECODER_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoint, step = work / "decoder.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        print(f"decoder: goes on at step {step} of {DECODER_STEPS}", flush=True)
+    saved = time.monotonic()
+    while step < DECODER_STEPS:
+        rng = np.random.default_rng((1, step))
+        torch.manual_seed(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        # Whole scenes every third step: the attention in the middle must see the number of positions it will meet.
-        edge, count = (SIZE, 4) if step % 3 == 2 else (SIZE // 2, 16)
-        pictures = to_model_space(np.stack([_crop(rng, draw_scene(rng, sprites), edge) for _ in range(count)]))
-        latents = encode(vae, pictures)
-        noise = torch.rand(count, 1, 1, 1) * 0.3 * (torch.rand(count, 1, 1, 1) < 0.7)
-        drawn = decode(vae, latents + noise * torch.randn_like(latents))
+            done = step / DECODER_STEPS
+            group["lr"] = DECODER_RATE * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        # Whole scenes now and then: the attention in the middle must see the number of positions it will meet.
+        scenes = [draw_scene(rng, sprites) for _ in range(2 if step % 6 == 5 else 8)]
+        pictures = to_model_space(np.stack([s.pixels if len(scenes) == 2 else _crop(rng, s) for s in scenes]))
+        latents = encoder.encode(pictures)
+        noise = torch.rand(len(scenes), 1, 1, 1) * 0.3 * (torch.rand(len(scenes), 1, 1, 1) < 0.7)
+        latents = latents + noise * torch.randn_like(latents)
+        pictures = pictures.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            drawn = decode(vae, latents.to(device)).float()
         edges = sum((drawn.diff(dim=d) - pictures.diff(dim=d)).abs().mean() for d in (2, 3))
         loss = (drawn - pictures).abs().mean() + (drawn - pictures).square().mean() + 0.5 * edges
         optimizer.zero_grad()
@@ -183,42 +234,20 @@ def train_decoder(vae: AutoencoderKL, sprites: Sprites, minutes: float, peak: fl
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         step += 1
-        if (time.monotonic() - start) // 30 > reported:
-            reported = int((time.monotonic() - start) // 30)
+        if time.monotonic() - saved > 45 or step == DECODER_STEPS:
+            saved = time.monotonic()
+            part = checkpoint.with_suffix(".part")
+            torch.save({"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, part)
+            part.replace(checkpoint)
             with torch.no_grad():
-                clean = psnr(decode(vae, held_out_latents), held_out)
-                noisy = psnr(decode(vae, held_out_latents + 0.2 * torch.randn_like(held_out_latents)), held_out)
-            print(
-                f"{reported * 30:4d} s  step {step}  loss {loss.item():.4f}  PSNR {clean:.2f}  noise 0.2 {noisy:.2f}",
-                flush=True,
-            )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--sprites", type=Path, required=True, help="the assets/ folder of @lobehub/fluent-emoji-3d")
-    parser.add_argument("--out", type=Path, default=Path("build/out/demo"), help="work folder")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=1, help="of the decoder's scenes; another one for a second round")
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate; 1e-3 suits a second round")
-    parser.add_argument("--resume", action="store_true", help="train the decoder in OUT/vae for another round")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    sprites = Sprites(arguments.sprites)
-    rng = np.random.default_rng(3)
-    vae = make_vae()
-    pictures = to_model_space(np.stack([draw_scene(rng, sprites).pixels for _ in range(384)]))
-    write_pca_encoder(vae, pictures)
-    latents = encode(vae, pictures[:64])
-    print(f"parameters {sum(p.numel() for p in vae.parameters()):,}  rms {latents.square().mean().sqrt():.3f}", flush=True)
-    if arguments.resume:
-        vae.load_state_dict(load_file(arguments.out / "vae" / "diffusion_pytorch_model.safetensors"))
-    vae.save_pretrained(arguments.out / "vae")
-    train_decoder(vae, sprites, arguments.minutes, arguments.rate, arguments.seed)
-    vae.to(memory_format=torch.contiguous_format).save_pretrained(arguments.out / "vae")
-
-
-if __name__ == "__main__":
-    main()
+                latents = encoder.encode(held_out)
+                figures = {
+                    name: round(psnr(torch.cat([decode(vae, z.to(device)).cpu() for z in noisy.split(4)]), held_out), 2)
+                    for name, noisy in (("clean", latents), ("noise 0.2", latents + 0.2 * torch.randn_like(latents)))
+                }
+            line = {"step": step, "loss": round(loss.item(), 4), "psnr": figures}
+            with checkpoint.with_suffix(".jsonl").open("a") as metrics:
+                metrics.write(json.dumps(line) + "\n")
+            print(f"decoder: {json.dumps(line)} of {DECODER_STEPS}", flush=True)
+    vae.decoder.to("cpu", memory_format=torch.contiguous_format)
+    vae.save_pretrained(work / "vae")

@@ -14,18 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "hst_trt" / "data" / "demo_pair"
 sys.path.insert(0, str(ROOT))  # demo/ is a folder of scripts beside the package, not part of it
 
-from demo.scenes import BACKGROUNDS, CAPTION_WORDS, OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
+from demo.scenes import CAPTION_WORDS, COLOURS, LANDSCAPES, MAX_WORDS, OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
 
 shipped = pytest.mark.skipif(not PAIR.is_dir(), reason="the demo pair is not in this checkout: python -m demo.assemble")
 
 
 @pytest.fixture(scope="module")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """Discs of 24 grey levels in place of the emoji, which come from an npm package."""
+    """Discs of 40 grey levels in place of the emoji, which come from an npm package."""
     folder = tmp_path_factory.mktemp("sprites")
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
     for i, item in enumerate(OBJECTS):
-        pixels = np.full((32, 32, 4), 10 * i, np.uint8)
+        pixels = np.full((32, 32, 4), 6 * i, np.uint8)
         pixels[..., 3] = np.where(x * x + y * y < 1, 255, 0)
         Image.fromarray(pixels).save(folder / f"{item.codepoint}.webp", lossless=True)
     return Sprites(folder)
@@ -44,17 +44,36 @@ def test_a_caption_names_every_object_in_its_scene_and_only_known_words(sprites:
     backgrounds = set()
     for _ in range(200):
         scene = draw_scene(rng, sprites)
-        words = scene.caption.lower().rstrip(".").split()
-        assert set(words) <= set(CAPTION_WORDS)
-        assert set(scene.objects) == set(words) & {item.name for item in OBJECTS}
+        words = scene.caption.lower().replace(",", " ,").split()
+        assert len(words) <= MAX_WORDS + (len(scene.names) == 3 and scene.background.startswith("gradient"))
+        assert set(words) <= {*CAPTION_WORDS, ","}
+        assert set(scene.names) == set(words) & {item.name for item in OBJECTS}
         assert scene.pixels.shape == (SIZE, SIZE, 3)
-        assert all(0 <= start <= SIZE - edge for left, top, edge in scene.boxes for start in (left, top))
-        backgrounds.add(scene.background)
-    assert backgrounds == set(BACKGROUNDS)
+        assert all(0 <= start <= SIZE - p.edge for p in scene.objects for start in (p.left, p.top))
+        backgrounds.add(scene.background.split()[0])
+    assert backgrounds == {"gradient", *(name.split()[0] for name in (*COLOURS, *LANDSCAPES))}
 
 
-def test_missing_sprites_name_the_package_to_unpack(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="npm pack @lobehub/fluent-emoji-3d"):
+def test_objects_stand_in_the_order_and_on_the_side_that_the_caption_says(sprites: Sprites) -> None:
+    rng = np.random.default_rng(3)
+    sides = 0
+    for _ in range(300):
+        scene = draw_scene(rng, sprites)
+        centres = [p.left + p.edge / 2 for p in scene.objects]
+        assert centres == sorted(centres)
+        words = scene.caption.lower().replace(",", "").split()
+        places = {name: words.index(name) for name in scene.names}
+        if "on the left" in scene.caption or "on the right" in scene.caption:
+            assert (centres[0] < SIZE / 2) == ("on the left" in scene.caption)
+            sides += 1
+        elif len(scene.names) == 2:
+            reversed_order = "to the right of" in scene.caption
+            assert (places[scene.names[0]] > places[scene.names[1]]) == reversed_order
+    assert sides > 20
+
+
+def test_missing_sprites_say_which(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"lacks the sprites of 40 of 40 objects \(first: 1f34e.webp\)"):
         Sprites(tmp_path)
 
 

@@ -10,11 +10,13 @@ from ..recipe import Defaults, Limits
 
 __all__ = [
     "SCHEMA_VERSION",
+    "EngineEntry",
     "FileEntry",
     "GraphEntry",
     "Manifest",
     "ModelEntry",
     "PartEntry",
+    "ProfileEntry",
     "TargetEntry",
     "TensorEntry",
     "TokenizerEntry",
@@ -61,10 +63,28 @@ class TokenizerEntry(_Entry):
     pad_id: int = Field(ge=0)
 
 
+class ProfileEntry(_Entry):
+    """The shapes that one optimisation profile of an engine takes: for each symbolic axis of its graph the least, the best
+    and the greatest length. A profile is *pinned* where the three are the same."""
+
+    axes: dict[str, tuple[int, int, int]]
+
+
+class EngineEntry(_Entry):
+    """An engine made from the graph of the same name."""
+
+    path: str
+    profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
+    activation_bytes: int | None = None  # scratch memory that its largest profile needs; None: no GPU was there to ask
+    read_back: Literal["network", "engine"]  # where inputs and outputs were compared with the graph's after the build
+    seconds: float = Field(ge=0)  # that the build took
+
+
 class TargetEntry(_Entry):
     name: str
     backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     backend_version: str
+    sms: tuple[int, ...] = ()  # compute capabilities that the engines run on, 90 for 9.0
     precision: Literal["float32", "float16", "bfloat16"]
     os: str
     arch: str
@@ -93,6 +113,7 @@ class Manifest(_Entry):
     tokenizers: tuple[TokenizerEntry, ...] = Field(min_length=1)
     scheduler: str
     graphs: dict[str, GraphEntry]
+    engines: dict[str, EngineEntry] = {}  # by the name of the graph
     defaults: Defaults
     limits: Limits
     bucket_ratios: tuple[float, ...]

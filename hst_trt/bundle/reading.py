@@ -133,6 +133,7 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     named = {manifest.scheduler, *(t.path for t in manifest.tokenizers)}
     for graph in manifest.graphs.values():
         named |= {graph.path, *graph.weights}
+    named |= {engine.path for engine in manifest.engines.values()}
     unlisted = sorted(named - manifest.files.keys())
     if unlisted:
         raise IntegrityError(
