@@ -67,8 +67,8 @@ class Shape:
 
 
 SHAPES = {
-    "large": Shape(5, 3, (), (Stage(16, 256_000, 0.3), Stage(32, 112_000, 0.7))),
-    "small": Shape(3, 2, (0, 1), (Stage(16, 256_000, 0.3), Stage(32, 128_000, 0.7))),
+    "large": Shape(5, 3, (), (Stage(16, 256_000, 0.3), Stage(32, 88_000, 0.7))),
+    "small": Shape(3, 2, (0, 1), (Stage(16, 256_000, 0.3), Stage(32, 96_000, 0.7))),
 }
 """The small one has dual attention in its first blocks, as SD3.5-Medium has."""
 
@@ -164,6 +164,7 @@ class Run:
             (torch.optim.Muon(blocks, lr=0.01, weight_decay=0.01, adjust_lr_fn="original"), 0.01),
             (torch.optim.AdamW(others, lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99)), 2e-3),
         ]
+        self.stage = self.stages[0]
         self.step = 0
         self.seconds = 0.0
         if self.path.exists():
@@ -190,7 +191,8 @@ class Run:
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def stage(self) -> Stage:
+    def due(self) -> Stage:
+        """The stage that the next step belongs to."""
         return self.stages[0] if self.step < self.stages[0].steps else self.stages[1]
 
     @property
@@ -209,6 +211,7 @@ class Run:
                 group["lr"] = rate * share
 
     def enter(self, stage: Stage) -> None:
+        self.stage = stage
         for drawer in (self.live, self.average):
             drawer.transformer.pos_embed.pos_embed.copy_(coarse_positions(self.positions, stage.edge))
 
@@ -282,19 +285,19 @@ def held_out_loss(run: Run, scenes: Scenes) -> float:
 def train(run: Run, scenes: Scenes, look: Callable[[Run], None]) -> None:
     """To the end of both stages. `look` is called every few minutes; the metrics go to `NAME.jsonl`, one line a checkpoint."""
     while run.step < run.total_steps:
-        stage = run.stage
-        run.enter(stage)
+        run.enter(run.due)
         torch.compiler.reset()
-        train_stage(run, stage, scenes, look)
+        train_stage(run, scenes, look)
     run.save()
 
 
-def train_stage(run: Run, stage: Stage, scenes: Scenes, look: Callable[[Run], None]) -> None:
+def train_stage(run: Run, scenes: Scenes, look: Callable[[Run], None]) -> None:
     loss_of = Loss(run)
-    stream = batches(scenes, stage, seed=run.step)
+    stream = batches(scenes, run.stage, seed=run.step)
     losses: list[float] = []
     saved = looked = last = time.monotonic()
-    while run.step < run.total_steps and run.stage is stage:
+    ended = False
+    while not ended:
         run.set_rates()
         loss = loss_of(next(stream))
         loss.backward()
@@ -307,24 +310,24 @@ def train_stage(run: Run, stage: Stage, scenes: Scenes, look: Callable[[Run], No
         now = time.monotonic()
         run.seconds += now - last
         last = now
-        ended = run.step == run.total_steps or run.stage is not stage
+        ended = run.step == run.total_steps or run.due is not run.stage
         if now - saved > SAVE_EVERY or ended:
             run.save()
             saved = now
             held_out = held_out_loss(run, scenes) if now - looked > LOOK_EVERY / 3 or ended else None
-            report(run, stage, float(np.mean(losses)), held_out)
+            report(run, float(np.mean(losses)), held_out)
             losses.clear()
         if now - looked > LOOK_EVERY or ended:
             look(run)
             looked = now
 
 
-def report(run: Run, stage: Stage, loss: float, held_out: float | None) -> None:
+def report(run: Run, loss: float, held_out: float | None) -> None:
     line = {
         "minutes": round(run.seconds / 60, 2),
         "step": run.step,
         "images": run.step * BATCH,
-        "edge": stage.edge,
+        "edge": run.stage.edge,
         "loss": round(loss, 4),
         "held_out": held_out and round(held_out, 4),
     }
