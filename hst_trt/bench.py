@@ -108,12 +108,12 @@ def bench_calls(
         plan: any plan of the request shape; its buckets are timed.
     """
     spec, backend = pipeline.spec, pipeline.backend
-    ws = Workspace(backend, spec, shape)
+    ws = Workspace(backend, spec, shape, record=False)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((shape.images, shape.tokens, spec.large.token_channels)).astype(np.float32)
     text = encode_prompts(backend, spec, pipeline.tokenizers, ["a red apple"], [0] * shape.rows)
     ws.begin(noise, text, pipeline.scheduler.table(1), 3.0, None, 0.0)
-    ws.begin_step(0)
+    ws.advance()
     assert plan.request is not None
     buckets = plan.request.buckets
 
@@ -145,7 +145,7 @@ class RunBench:
 
     loop: Mapping[str, Sample]
     total: Mapping[str, Sample]
-    overhead: Mapping[str, Sample]  # share of the whole run
+    overhead: Mapping[str, Sample] | None  # share of the whole run; None where engines are not timed within one
     predicted: Mapping[str, float]  # speed-up of the loop over large-only, from measured call costs
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class RunBench:
                 "total_speedup": self.total["large"].over(self.total[name]).to_dict(4),
                 "predicted_speedup": round(self.predicted[name], 4),
                 "of_predicted": round(speedup.median / self.predicted[name], 4),
-                "overhead": self.overhead[name].to_dict(4),
+                "overhead": None if self.overhead is None else self.overhead[name].to_dict(4),
             }
         return {"runs": rows}
 
@@ -179,7 +179,7 @@ def bench_runs(
         costs: call costs, for the predicted speed-up.
         request: size, guidance and the like, the same for all.
     """
-    records: dict[str, list[tuple[float, float, float]]] = {name: [] for name in plans}
+    records: dict[str, list[tuple[float, float | None, float]]] = {name: [] for name in plans}
 
     def draw(name: str) -> Callable[[], float]:
         def run() -> float:
@@ -187,17 +187,19 @@ def bench_runs(
             stats = pipeline("a red apple on a blue background", seed=7, **plans[name], **request).stats
             wall = time.perf_counter() - start
             loop = stats.seconds["denoise"]
-            records[name].append((loop, stats.overhead * loop / wall, replace(stats, costs=costs).cost))
+            outside = None if stats.overhead is None else stats.overhead * loop / wall
+            records[name].append((loop, outside, replace(stats, costs=costs).cost))
             return wall
 
         return run
 
     total = _interleaved({name: draw(name) for name in plans}, rounds, warmup)
     counted = {name: rows[warmup:] for name, rows in records.items()}
+    overhead = {name: tuple(share for _, share, _ in rows if share is not None) for name, rows in counted.items()}
     return RunBench(
         loop={name: Sample(tuple(loop for loop, _, _ in rows)) for name, rows in counted.items()},
         total=total,
-        overhead={name: Sample(tuple(share for _, share, _ in rows)) for name, rows in counted.items()},
+        overhead={name: Sample(shares) for name, shares in overhead.items()} if all(overhead.values()) else None,
         predicted={name: counted["large"][0][2] / rows[0][2] for name, rows in counted.items()},
     )
 

@@ -7,30 +7,33 @@
     stage 3, N3 steps   x += dsigma * v_S(x)
 
 What a step does is said by its `Step`, so every schedule runs through this one loop. Devices, engines and buffers are the
-workspace's business.
+workspace's business. The loop only says what is to be done: nothing in it waits for a device, except where a threshold mask
+or an adaptive switch has to know a number, or a caller asks for masks or latents.
 """
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from .plan import Stage, Step, StitchPlan, bucket_for
-from .workspace import Workspace
+from .workspace import RequestShape, Workspace
 
 __all__ = ["StepRecord", "denoise"]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a step did: `tokens` that the large model computed, seconds of wall time, and the mask it used, if kept."""
+    """What a step did: `tokens` that the large model computed, the seconds it took (not a number until the loop has ended,
+    because asking would make the host wait), and the mask it used, if kept."""
 
     step: Step
     tokens: int
-    seconds: float
+    seconds: float = math.nan
     mask: np.ndarray | None = None  # [images, h, w] bool
 
 
@@ -54,11 +57,12 @@ def denoise(
     """
     n, looks_back = plan.num_tokens, plan.looks_back
     records: list[StepRecord] = []
+    spans: list[tuple[Any, Any]] = []
     changes: list[float] = []
     drawn = 0  # tokens in the mask that the last redraw left
     for t in range(len(plan.steps)):
-        start = time.perf_counter()
-        ws.begin_step(t)
+        start = ws.mark()
+        ws.advance()
         step = plan.steps[t]
         tokens = drawn if step.large_tokens is None else step.large_tokens
 
@@ -88,10 +92,12 @@ def denoise(
         ws.euler()
         if looks_back:
             ws.remember()
-        records.append(StepRecord(step, tokens, time.perf_counter() - start, mask))
+        spans.append((start, ws.mark()))
+        records.append(StepRecord(step, tokens, mask=mask))
         if on_step_end is not None and not on_step_end(t, records[-1]):
             break
-    return records
+    seconds = [ws.elapsed(*span) for span in reversed(spans)]  # the last one first: whoever waits for it waits once
+    return [replace(record, seconds=spent) for record, spent in zip(records, reversed(seconds), strict=True)]
 
 
 def _sketch(ws: Workspace, step: Step) -> None:
@@ -111,9 +117,19 @@ def _redraw(ws: Workspace, plan: StitchPlan, t: int, fresh: int, imposed: np.nda
         tokens = int(imposed[0].sum()) if tokens is None else tokens
         if (imposed.sum((1, 2)) != tokens).any():
             raise ValueError(f"the mask given for step {t} does not have {tokens} tokens in every image")
+    elif plan.mask is not None and plan.mask.random_seed is not None:
+        assert tokens is not None
+        ws.impose(_random_mask(plan.mask.random_seed, t, ws.shape, tokens))
     elif tokens is None:
         assert plan.request is not None
         tokens = bucket_for(ws.count(), plan.request.buckets)
     if tokens < plan.num_tokens:
         ws.select(tokens)
     return tokens
+
+
+def _random_mask(seed: int, t: int, shape: RequestShape, tokens: int) -> np.ndarray:
+    """[images, h, w] bool with `tokens` tokens in each image; an image's mask does not depend on how many follow it."""
+    lots = np.random.default_rng((seed, t)).random((shape.images, shape.tokens))
+    mask = np.argsort(np.argsort(lots, axis=1), axis=1) < tokens
+    return mask.reshape(shape.images, shape.h, shape.w)

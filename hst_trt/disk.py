@@ -1,8 +1,9 @@
-"""What a full disk looks like, said once for everything that writes files."""
+"""What a full disk looks like, and where files go that every run may use: said once for everything that writes files."""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from .errors import ResourceError
 
-__all__ = ["FULL", "free_bytes", "translated_disk_errors"]
+__all__ = ["FULL", "free_bytes", "translated_disk_errors", "user_cache"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -39,3 +40,8 @@ def translated_disk_errors(folder: Path) -> Iterator[None]:
 def free_bytes(folder: Path) -> int:
     """Free space where `folder` is, or would be made."""
     return shutil.disk_usage(next(path for path in [folder, *folder.resolve().parents] if path.exists())).free
+
+
+def user_cache() -> Path:
+    """The user's own cache for this package; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hst_trt"

@@ -100,6 +100,8 @@ class MaskRule:
         drift: beta, weight of the small model's own change |v_S(t) - v_S(t-1)| in the score outside the mask.
         starvation: score a token gains for each step outside the mask, in units of the mean score. Positive means that
             a token left out long enough returns.
+        random_seed: if given, a control: every mask is drawn at random from this seed and the step's index, whatever the
+            scores. They are computed all the same, so that the control costs what the real mask costs.
     """
 
     ratio: float = 0.3
@@ -107,6 +109,7 @@ class MaskRule:
     decay: float = 0.9
     drift: float = 0.0
     starvation: float = 0.0
+    random_seed: int | None = None
 
     def __post_init__(self) -> None:
         if not (is_number(self.ratio) and 0 < self.ratio <= 1):
@@ -118,6 +121,11 @@ class MaskRule:
             most = 1 if name == "decay" else 100  # far beyond use; without a bound, priorities could overflow
             if not (is_number(value) and 0 <= value <= most):
                 raise RequestError(f"mask {name} {value!r} is outside [0, {most}]")
+        if self.random_seed is not None:
+            if whole_number("mask random_seed", self.random_seed) < 0:
+                raise RequestError(f"mask random_seed {self.random_seed} is negative")
+            if self.threshold is not None:
+                raise RequestError("a random mask has no scores that could exceed a threshold", fix="give a ratio instead")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import MissingError, RequestError
+from .plan import BUCKET_RATIOS
 
-__all__ = ["Defaults", "Limits", "ModelSource", "Recipe", "Target", "load_recipe", "load_target", "target_names"]
+__all__ = [
+    "Defaults",
+    "Limits",
+    "ModelSource",
+    "PrecisionName",
+    "Recipe",
+    "Target",
+    "departures",
+    "load_recipe",
+    "load_target",
+    "target_names",
+]
+
+PrecisionName = Literal["float32", "float16", "bfloat16"]
 
 PACKAGE_PREFIX = "package:"
 
@@ -51,17 +65,26 @@ class Recipe(_Table):
     max_sequence_length: int = Field(gt=0, le=512)
     limits: Limits
     defaults: Defaults
+    resolutions: tuple[tuple[int, int], ...] = ()  # height and width in pixels that engines are tuned for
+    float32_blocks: tuple[int, ...] = ()  # of the large transformer, computed in float32 in graphs of half precision
     given_as: str = Field(default="", exclude=True)  # what `load_recipe` was called with, for messages that name a command
+
+    @property
+    def pinned_resolutions(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels; the default size where the recipe names none."""
+        return self.resolutions or ((self.defaults.height, self.defaults.width),)
 
 
 class Target(_Table):
-    """A kind of machine."""
+    """A kind of machine, and what engines are tuned for on it."""
 
     name: str
     backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-    precision: Literal["float32", "float16", "bfloat16"]
+    precision: PrecisionName
     default_recipe: str
     sms: tuple[int, ...] = ()
+    images: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1,), min_length=1)  # in one batch
+    bucket_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(default=BUCKET_RATIOS, min_length=1)
 
 
 _Model = TypeVar("_Model", bound=_Table)
@@ -87,6 +110,12 @@ def load_recipe(name: str) -> Recipe:
 
 def load_target(name: str) -> Target:
     return _load(_folder("targets") / f"{name}.toml", Target, "target", target_names())
+
+
+def departures(target: Target) -> dict[str, str]:
+    """What was chosen instead of what the target's file says: `backend`, `precision`, or neither."""
+    own = load_target(target.name)
+    return {key: getattr(target, key) for key in ("backend", "precision") if getattr(target, key) != getattr(own, key)}
 
 
 def target_names() -> list[str]:

@@ -14,7 +14,10 @@ import numpy as np
 
 from .errors import IncompatibleError, RequestError
 
-__all__ = ["FlowMatchEuler", "StepTable"]
+__all__ = ["MAX_STEPS", "FlowMatchEuler", "StepTable"]
+
+MAX_STEPS = 1000
+"""The length of a request's step table on the device, and so the most steps: as many as SD3 models were trained with."""
 
 _REFUSED = (
     "use_dynamic_shifting",
@@ -74,9 +77,10 @@ class FlowMatchEuler:
         Raises:
             RequestError: not between 1 and `num_train_timesteps` steps.
         """
-        if not 1 <= num_inference_steps <= self.num_train_timesteps:
+        most = min(self.num_train_timesteps, MAX_STEPS)
+        if not 1 <= num_inference_steps <= most:
             raise RequestError(
-                f"num_inference_steps {num_inference_steps} is outside 1 .. {self.num_train_timesteps}",
+                f"num_inference_steps {num_inference_steps} is outside 1 .. {most}",
                 fix="20 to 50 steps are usual",
             )
         # diffusers shifts the training sigmas once to find the ends, and the linear ramp between them once more.

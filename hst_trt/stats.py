@@ -27,7 +27,8 @@ class StageStats:
 
 @dataclass(frozen=True)
 class RunStats:
-    """A run's report. `seconds` has the parts of a run; `engine_seconds` time inside each engine."""
+    """A run's report. `seconds` has the parts of a run; `engine_seconds` time inside each engine, empty where steps are
+    replayed as one graph each."""
 
     num_tokens: int
     records: tuple[StepRecord, ...]
@@ -73,10 +74,12 @@ class RunStats:
         return len(self.records) / self.cost if self.records else 1.0
 
     @property
-    def overhead(self) -> float:
-        """Share of the loop's time that was spent outside the two transformers."""
+    def overhead(self) -> float | None:
+        """Share of the loop's time that was spent outside the two transformers; None where engines were not timed."""
         loop = self.seconds.get("denoise", 0.0)
-        return 1 - (self.engine_seconds.get(LARGE, 0.0) + self.engine_seconds.get(SMALL, 0.0)) / loop if loop else 0.0
+        if not loop or not self.engine_seconds:
+            return None
+        return 1 - (self.engine_seconds.get(LARGE, 0.0) + self.engine_seconds.get(SMALL, 0.0)) / loop
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,5 +92,5 @@ class RunStats:
             "cost_source": self.costs.source,
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
             "engine_seconds": {name: round(value, 4) for name, value in self.engine_seconds.items()},
-            "overhead": round(self.overhead, 4),
+            "overhead": None if self.overhead is None else round(self.overhead, 4),
         }

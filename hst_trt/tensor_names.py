@@ -13,6 +13,7 @@ VAE_DECODER = "vae_decoder"
 # Glue: the arithmetic between the models (hst_trt.models.glue has each one's formula).
 GLUE = (
     "join_text",
+    "advance",
     "pack",
     "guide",
     "blend",

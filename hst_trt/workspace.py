@@ -6,17 +6,15 @@ prompts, step counts, schedules and mask sizes only change what is written into 
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from .buffers import Binding, NamedBuffers, verb
 from .plan import MaskRule
-from .runtime.engine import Backend, PreparedCall
-from .schedule import StepTable
+from .runtime.engine import Backend, TensorInfo
+from .schedule import MAX_STEPS, StepTable
 from .spec import PairSpec, TransformerSpec
 from .tensor_names import LARGE, SMALL, cache_names, past_to_present
 
@@ -42,7 +40,7 @@ class RequestShape:
         return self.h * self.w
 
 
-class Workspace:
+class Workspace(NamedBuffers):
     """Owns the loop's state. Not for use by two threads at once.
 
     State is in token order except the large model's cache, whose slots have the order of the buffer ``order``; see
@@ -52,12 +50,11 @@ class Workspace:
         backend: makes the buffers and runs the engines.
         spec: the pair.
         shape: the request shape.
+        record: see `hst_trt.buffers.NamedBuffers`.
     """
 
-    def __init__(self, backend: Backend, spec: PairSpec, shape: RequestShape) -> None:
-        self.backend, self.spec, self.shape = backend, spec, shape
-        self.seconds: defaultdict[str, float] = defaultdict(float)  # by engine name
-        self._prepared: dict[tuple[Any, ...], PreparedCall] = {}
+    def __init__(self, backend: Backend, spec: PairSpec, shape: RequestShape, *, record: bool = True) -> None:
+        self.spec, self.shape = spec, shape
         b, n, c, r = shape.images, shape.tokens, spec.large.token_channels, shape.rows
         text, grid = spec.text_length, (b, shape.h, shape.w)
         layout: dict[str, tuple[tuple[int, ...], str]] = {
@@ -76,6 +73,10 @@ class Workspace:
             "large_pos_ids": ((r, n), "int64"),
             "small_pos_ids": ((r, n), "int64"),
             "row_velocity": ((r, n, c), "float32"),
+            "timesteps": ((MAX_STEPS,), "float32"),
+            "delta_sigmas": ((MAX_STEPS,), "float32"),
+            "step": ((1,), "int64"),
+            "next_step": ((1,), "int64"),
             "timestep": ((r,), "float32"),
             "encoder_hidden_states": ((r, text, spec.large.text_width), "float32"),
             "pooled_projections": ((r, spec.large.pooled_width), "float32"),
@@ -98,7 +99,7 @@ class Workspace:
             "large_pos_table": ((n,), "int64"),
             **{name: ((1,), "float32") for name in _NUMBERS},
         }
-        self._buffers = {name: backend.empty(size, dtype) for name, (size, dtype) in layout.items()}
+        super().__init__(backend, layout, record=record)
         self._caches: list[str] = []
         self._write("row_index", np.arange(r, dtype=np.int64) % b)
         self._write("identity", np.broadcast_to(np.arange(n, dtype=np.int64), (b, n)))
@@ -129,7 +130,11 @@ class Workspace:
             correction: factor a step on D; 0 for none.
         """
         self.table = table
+        self._start_anew()
         self._write("latents", latents)
+        for name, values in (("timesteps", table.timesteps), ("delta_sigmas", table.delta_sigmas)):
+            self._write(name, np.pad(values, (0, MAX_STEPS - len(values))))
+        self._write("step", np.int64(0))
         for name, values in text.items():
             self._write(name, values)
         for name in ("difference", "scores", "age", "last_velocity", "last_sketch"):
@@ -141,30 +146,45 @@ class Workspace:
         self._write("drift", np.float32(mask.drift))
         self._write("starvation", np.float32(mask.starvation))
         self._write("threshold", np.float32(mask.threshold or 0.0))
-        self.seconds.clear()
-
-    def begin_step(self, t: int) -> None:
-        self._write("timestep", self.table.timesteps[t])
-        self._write("delta_sigma", self.table.delta_sigmas[t])
 
     # -- the verbs of the loop ---------------------------------------------------------------------------------------
+    @verb
+    def advance(self) -> None:
+        """timestep and dsigma become those of the table's next step, after `begin` those of its first."""
+        self._call(
+            "advance",
+            timesteps="timesteps",
+            delta_sigmas="delta_sigmas",
+            step="step",
+            row_index="row_index",
+            timestep="timestep",
+            delta_sigma="delta_sigma",
+            next_step="next_step",
+        )
+        self._copy("next_step", "step")
+
+    @verb
     def small(self) -> None:
         """sketch = v_S(x), all tokens."""
         self._velocity(SMALL, self.spec.small, self.shape.tokens, "sketch")
 
+    @verb
     def small_alone(self) -> None:
         """velocity = v_S(x), all tokens, where nothing is compared with it."""
         self._velocity(SMALL, self.spec.small, self.shape.tokens, "velocity")
 
+    @verb
     def large(self) -> None:
         """velocity = v_L(x), all tokens; the whole cache is rewritten, in token order."""
         self._copy("identity", "order")
         self._velocity(LARGE, self.spec.large, self.shape.tokens, "velocity")
 
+    @verb
     def large_masked(self, tokens: int) -> None:
         """refined = v_L(x) of the `tokens` active tokens; their rows of the cache are rewritten."""
         self._velocity(LARGE, self.spec.large, tokens, "refined")
 
+    @verb
     def blend(self, tokens: int) -> None:
         """velocity = sketch + D outside the mask, refined inside it; D is renewed inside it."""
         self._call(
@@ -179,12 +199,14 @@ class Workspace:
         )
         self._copy("next_difference", "difference")
 
+    @verb
     def compare_all(self) -> None:
         """D = velocity - sketch on all tokens: after a full large call everything counts as active."""
         self._copy("velocity", "refined")
         self._copy("identity", "active")
         self.blend(self.shape.tokens)
 
+    @verb
     def correct(self) -> None:
         """velocity = sketch + D, where the small model is alone."""
         self._call(
@@ -197,10 +219,12 @@ class Workspace:
         )
         self._copy("next_difference", "difference")
 
+    @verb
     def keep_last(self) -> None:
         """sketch = the last step's velocity: what unmasked tokens go on with where there is no small model."""
         self._copy("last_velocity", "sketch")
 
+    @verb
     def score(self, tokens: int) -> None:
         """Scores, ages, priority and ranks of all tokens, `tokens` of them fresh."""
         self._call(
@@ -224,9 +248,14 @@ class Workspace:
 
     def count(self) -> int:
         """The most tokens of any image whose priority exceeds the threshold. Waits for the device."""
-        self._call("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
+        self._count()
         return int(self._read("counts").max())
 
+    @verb
+    def _count(self) -> None:
+        self._call("count", priority="priority", ranks="ranks", threshold="threshold", counts="counts")
+
+    @verb
     def select(self, tokens: int) -> None:
         """The `tokens` best-ranked tokens of each image become active; cache rows of those that leave are kept."""
         images = self.shape.images
@@ -251,14 +280,20 @@ class Workspace:
 
     def change(self) -> float:
         """How much the velocity moved since the last step. Waits for the device."""
-        self._call("change", velocity="velocity", last_velocity="last_velocity", change="change")
+        self._change()
         return float(self._read("change")[0])
 
+    @verb
+    def _change(self) -> None:
+        self._call("change", velocity="velocity", last_velocity="last_velocity", change="change")
+
+    @verb
     def euler(self) -> None:
         """x += dsigma * v."""
         self._call("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
         self._copy("next_latents", "latents")
 
+    @verb
     def remember(self) -> None:
         """This step's velocity and sketch become the last ones."""
         self._copy("velocity", "last_velocity")
@@ -275,8 +310,13 @@ class Workspace:
         self._write("latents", values)
 
     def is_finite(self) -> bool:
-        self._call("finite", latents="latents", finite="finite")
+        """Whether all latents are. Waits for the device."""
+        self._finite()
         return bool(self._read("finite")[0])
+
+    @verb
+    def _finite(self) -> None:
+        self._call("finite", latents="latents", finite="finite")
 
     def active_mask(self, tokens: int) -> np.ndarray:
         """The mask in force, [images, h, w] bool. Waits for the device."""
@@ -298,8 +338,8 @@ class Workspace:
         batch, and its positions never change.
         """
         images, rows, channels = self.shape.images, self.shape.rows, spec.token_channels
-        hidden: _Binding = "all_tokens"
-        positions: _Binding = f"{name}_pos_ids"
+        hidden: Binding = "all_tokens"
+        positions: Binding = f"{name}_pos_ids"
         if tokens == self.shape.tokens:
             self._copy("latents", "all_tokens_by_image")
         else:
@@ -315,7 +355,8 @@ class Workspace:
             )
         guided = self.shape.guided
         velocity = ("row_velocity", (rows, tokens, channels)) if guided else (result, (images, tokens, channels))
-        caches = {cache: cache for cache in self._cache_of(name)}
+        caches = self._cache_of(name)
+        slots: dict[str, Binding] = {"token_slots": "slots"} if "token_slots" in self.backend.engine(name).input_names else {}
         self._call(
             name,
             hidden_tokens=hidden,
@@ -324,7 +365,8 @@ class Workspace:
             encoder_hidden_states="encoder_hidden_states",
             pooled_projections="pooled_projections",
             velocity=velocity,
-            **caches,
+            **slots,
+            **{cache: cache for cache in caches},
             **{past_to_present(cache): cache for cache in caches},
         )
         if guided:
@@ -332,44 +374,21 @@ class Workspace:
             self._call("guide", row_velocity=velocity, guidance_scale="guidance_scale", velocity=target)
 
     def _cache_of(self, name: str) -> list[str]:
-        """The large model's cache buffers, made on first use: requests without the large model need none."""
-        if name != LARGE:
-            return []
-        if not self._caches:
-            spec, rows = self.spec.large, self.shape.rows
+        """The large model's cache buffers, made on first use: requests without the large model need none.
+
+        Its dtype, and where the engine has a static one its length, are the engine's.
+        """
+        if name == LARGE and not self._caches:
+            spec, rows, tensors = self.spec.large, self.shape.rows, self.backend.engine(LARGE).tensors
+            layout: dict[str, tuple[tuple[int, ...], str]] = {}
             for index, cache in enumerate(cache_names(spec.layers, spec.dual_layers)):
                 length = self.shape.tokens + (self.spec.text_length if index < 2 * spec.layers else 0)
-                self._buffers[cache] = self.backend.empty((rows, spec.heads, length, spec.head_dim), "float32")
-                self._caches.append(cache)
-        return self._caches
-
-    def _call(self, name: str, **bindings: _Binding) -> None:
-        """Executes an engine on the named buffers, or on views of their first elements, preparing it on first use."""
-        key = (name, *bindings.values())
-        call = self._prepared.get(key)
-        if call is None:
-            buffers = {slot: self._buffer(binding) for slot, binding in bindings.items()}
-            call = self._prepared[key] = self.backend.engine(name).prepare(buffers)
-            call.capture()
-        start = time.perf_counter()
-        call.execute()
-        self.seconds[name] += time.perf_counter() - start
-
-    def _buffer(self, binding: _Binding) -> Any:
-        if isinstance(binding, str):
-            return self._buffers[binding]
-        name, shape = binding
-        return self.backend.view(self._buffers[name], shape)
-
-    def _copy(self, source: str, target: str) -> None:
-        self.backend.copy(self._buffers[source], self._buffers[target])
-
-    def _write(self, name: str, values: np.ndarray | np.generic) -> None:
-        self.backend.write(self._buffers[name], np.asarray(values))
-
-    def _read(self, name: str) -> np.ndarray:
-        return self.backend.read(self._buffers[name])
+                info = tensors.get(cache, TensorInfo("float32", ("B", spec.heads, "T+N", spec.head_dim)))
+                static = info.shape[2]
+                layout[cache] = ((rows, spec.heads, static if isinstance(static, int) else length, spec.head_dim), info.dtype)
+            self._make(layout)
+            self._caches = list(layout)
+        return self._caches if name == LARGE else []
 
 
-_Binding = str | tuple[str, tuple[int, ...]]
 _NUMBERS = ("delta_sigma", "guidance_scale", "correction", "score_decay", "drift", "starvation", "threshold")

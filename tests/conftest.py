@@ -104,6 +104,31 @@ def tiny_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         return build_bundle(recipe, load_target("cpu"), folder / "tiny-cpu.hstb").bundle.path
 
 
+@pytest.fixture(scope="session")
+def tiny_rtx_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair with TensorRT-RTX's engines for an A100, which take no GPU to build. Not to be changed: copy it."""
+    pytest.importorskip("tensorrt_rtx", reason='needs TensorRT-RTX: pip install "hst_trt[rtx]"')
+    from hst_trt.builder.build import build_bundle
+    from hst_trt.recipe import load_recipe, load_target
+
+    with _shared_folder(tmp_path_factory, "tiny-rtx") as folder:
+        recipe = load_recipe(str(tiny_pair.with_name("tiny.toml")))
+        target = load_target("a100").model_copy(update={"backend": "tensorrt-rtx"})
+        return build_bundle(recipe, target, folder / "tiny-a100-tensorrt-rtx.hstb").bundle.path
+
+
+@pytest.fixture(scope="session")
+def engine_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair as a bundle of engines that the doubles of TensorRT and CUDA run. Not to be changed."""
+    from fake_bundle import make_engine_bundle
+
+    from hst_trt.recipe import load_recipe
+
+    with _shared_folder(tmp_path_factory, "tiny-engines") as folder:
+        final = folder / "tiny-h100.hstb"
+        return final if final.is_dir() else make_engine_bundle(load_recipe(str(tiny_pair.with_name("tiny.toml"))), final)
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""

@@ -199,3 +199,41 @@ def test_every_masked_step_is_recorded_with_as_many_tokens_as_its_bucket() -> No
         if record.mask is not None:
             assert record.mask.shape == (2, H, W)
             assert (record.mask.sum((1, 2)) == record.tokens).all()
+
+
+def random_masks(models, seed: int | None, images: int = 1, **settings: object) -> dict[int, np.ndarray]:
+    plan = make_plan(request(stages=(2, 7, 1), mask=MaskRule(random_seed=seed), **settings))
+    records = denoise(workspace(models, plan, images), plan, keep_masks=True)
+    return {t: record.mask for t, record in enumerate(records) if record.mask is not None}
+
+
+def test_a_random_mask_is_the_same_for_the_same_seed_and_another_for_each_step_and_seed() -> None:
+    models = pair("sd35-large")
+    first, again, other, scored = (random_masks(models, seed) for seed in (4, 4, 5, None))
+    assert first.keys() == scored.keys() == set(range(2, 9))
+    for t, mask in first.items():
+        assert mask.sum() == scored[t].sum()
+        np.testing.assert_array_equal(mask, again[t])
+        assert (mask != other[t]).any()
+        assert (mask != scored[t]).any()
+    assert len({mask.tobytes() for mask in first.values()}) == len(first)
+
+
+def test_an_images_random_mask_does_not_depend_on_the_images_after_it() -> None:
+    models = pair("sd35-large")
+    alone, batch = random_masks(models, 4), random_masks(models, 4, images=2)
+    for t, mask in alone.items():
+        np.testing.assert_array_equal(mask[0], batch[t][0])
+        assert (batch[t][0] != batch[t][1]).any()
+
+
+def test_a_random_mask_makes_the_same_calls_as_the_real_one() -> None:
+    """So that it can stand as a control at equal cost."""
+    models = pair("sd35-large")
+    calls = []
+    for seed in (None, 4):
+        plan = make_plan(request(stages=(2, 7, 1), refresh_every=3, mask=MaskRule(random_seed=seed)))
+        ws = workspace(models, plan)
+        counted = [record.tokens for record in denoise(ws, plan)]
+        calls.append((counted, sorted(ws.seconds)))
+    assert calls[0] == calls[1]

@@ -17,7 +17,7 @@ from tiny import randomise, transformer
 import hst_trt
 from hst_trt.builder.build import build_bundle, export_bundle, shipped_demo
 from hst_trt.bundle import Bundle
-from hst_trt.errors import IncompatibleError, IntegrityError, MissingError, NumericsError
+from hst_trt.errors import IncompatibleError, IntegrityError, MissingError, NumericsError, RequestError
 from hst_trt.export.check import check_structure, check_transformer
 from hst_trt.export.sources import PairFolders, check_stitchable, resolve_pair
 from hst_trt.export.transformer import transformer_graph
@@ -105,6 +105,55 @@ def test_a_static_cache_is_sliced_to_the_tokens_of_the_request(tmp_path: Path) -
         slots = {} if rows is None else {"token_slots": np.arange(n)}
         velocities.append(session.run(["velocity"], feeds | past | slots)[0])
     np.testing.assert_allclose(velocities[1], velocities[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_rows", [None, (9, 64)])
+def test_a_block_in_float32_holds_activations_that_float16_does_not(tmp_path: Path, cache_rows: tuple[int, int] | None) -> None:
+    import onnxruntime as ort
+
+    model = transformer(dual_attention_layers=(1,))
+    wide, narrow = model.transformer_blocks[1].ff.net[0].proj, model.transformer_blocks[1].ff.net[2]
+    wide.weight.data *= 1e5  # products beyond 65504, brought back by the next layer
+    narrow.weight.data /= 1e5
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    feeds = dict(
+        hidden_tokens=normal(1, 15, 16), pos_ids=np.arange(15)[None], timestep=np.array([500.0], np.float32),
+        encoder_hidden_states=normal(1, 9, 24), pooled_projections=normal(1, 20),
+    )  # fmt: skip
+    if cache_rows is not None:
+        feeds["token_slots"] = np.arange(15)
+
+    def velocity(precision: str, blocks: tuple[int, ...]) -> np.ndarray:
+        path = tmp_path / f"{precision}_{len(blocks)}.onnx"
+        graph = transformer_graph(
+            config, WeightStore(tmp_path), precision, cached=True, cache_rows=cache_rows, float32_blocks=blocks
+        )
+        past = [value for value in graph.save(path).graph.input if value.name.startswith("past_")]
+        assert len(past) == 8
+        check_structure(path, precision)
+        lengths = [
+            dim.dim_value or {"B": 1, "T+N": 24, "N": 15}[dim.dim_param] for v in past for dim in v.type.tensor_type.shape.dim
+        ]
+        shapes = np.reshape(lengths, (-1, 4))
+        cache = {value.name: np.zeros(shape, precision) for value, shape in zip(past, shapes, strict=True)}
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return session.run(["velocity"], feeds | cache)[0]
+
+    exact = velocity("float32", ())
+    assert not np.isfinite(velocity("float16", ())).all()
+    np.testing.assert_allclose(velocity("float16", (1,)), exact, rtol=0, atol=0.02 * np.abs(exact).max())
+    assert np.array_equal(velocity("float32", (1,)), exact)
+
+
+def test_a_float32_block_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    transformer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(RequestError, match=r"does not have: \[3\]") as caught:
+        transformer_graph(config, WeightStore(tmp_path), "bfloat16", cached=True, float32_blocks=(1, 3))
+    assert caught.value.found == "3 blocks, numbered from 0"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,9 +42,9 @@ def plan(schedule: str = "hybrid", steps: int = 28, **settings: object) -> Stitc
     return make_plan(PlanRequest(schedule, steps, N, token_buckets(N), **settings))
 
 
-def sd35_costs() -> ModelledCosts:
+def sd35_costs(num_tokens: int = 4096) -> ModelledCosts:
     specs = {name: TransformerSpec.from_config(COMMON | config) for name, config in SD35.items()}
-    return ModelledCosts(specs["large"], specs["small"], 4096, 333)
+    return ModelledCosts(specs["large"], specs["small"], num_tokens, 333)
 
 
 def test_a_hybrid_plan_has_three_stages_and_draws_the_first_mask_at_the_last_large_step() -> None:
@@ -134,6 +134,26 @@ def test_requests_that_make_no_plan_are_refused(arguments: dict, words: str) -> 
 def test_mask_ratios_outside_zero_to_one_are_refused(ratio: float) -> None:
     with pytest.raises(RequestError, match="mask ratio"):
         MaskRule(ratio=ratio)
+
+
+def test_a_random_mask_changes_neither_the_steps_nor_their_cost() -> None:
+    drawn, scored = plan(mask=MaskRule(random_seed=4)), plan(mask=MaskRule())
+    assert drawn.steps == scored.steps
+    assert drawn != scored
+    assert drawn.cost(sd35_costs(N)) == scored.cost(sd35_costs(N))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (dict(random_seed=-1), "negative"),
+        (dict(random_seed=1.5), "not a whole number"),
+        (dict(random_seed=1, threshold=2.0), "threshold"),
+    ],
+)
+def test_a_random_mask_without_a_usable_seed_or_with_a_threshold_is_refused(rule: dict, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        MaskRule(**rule)
 
 
 def test_buckets_are_rounded_up_and_end_with_all_tokens() -> None:

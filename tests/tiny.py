@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -70,12 +71,13 @@ def spec_of(large: SD3Transformer2DModel, small: SD3Transformer2DModel) -> PairS
 GLUE_INPUTS = {name: (tuple(graph.input_names), tuple(graph.output_names)) for name, graph in glue_graphs().items()}
 
 
-def torch_backend(large: SD3Transformer2DModel, small: SD3Transformer2DModel) -> TorchBackend:
+def torch_backend(large: SD3Transformer2DModel, small: SD3Transformer2DModel, device: str = "cpu") -> TorchBackend:
     engines = {name: TorchEngine(REFERENCE[name], *GLUE_INPUTS[name]) for name in GLUE_INPUTS}
     for name, model in (("large", large), ("small", small)):
-        module = TokenTransformer(model, cached=name == "large")
+        there = model if device == "cpu" else copy.deepcopy(model)
+        module = TokenTransformer(there, cached=name == "large").to(device)
         engines[name] = TorchEngine(module, module.input_names, module.output_names)
-    return TorchBackend(engines)
+    return TorchBackend(engines, device)
 
 
 def ort_backend(folder: Path, large: SD3Transformer2DModel, small: SD3Transformer2DModel) -> OnnxRuntimeBackend:

@@ -1,63 +1,68 @@
 """From a recipe and a target to a bundle: graphs first, then what the target's backend makes of them.
 
 The graphs come from an earlier `export` (possibly on another machine), from the package itself for the demo pair on a CPU,
-or from an export that is run now. They are committed as a bundle of their own before a backend starts, so a build that
-cannot be finished here, for want of a GPU or of TensorRT, loses nothing: the folder can be carried to the machine that can.
+or from an export that is run now. Graphs and engines grow in one staging folder, part by part, so what is there stays until
+the new bundle is whole, and an interrupted build goes on where it was. Where the engines cannot be built, for want of a GPU
+or of TensorRT, the graphs are committed as a bundle of their own, which can be carried to the machine that can.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import importlib.util
-import json
-import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..bundle import (
-    SCHEMA_VERSION,
-    Bundle,
-    Manifest,
-    PartEntry,
-    Staging,
-    TargetEntry,
-    fingerprint,
-    link_or_copy,
-    recover,
-)
+from ..bundle import Bundle, Manifest, Staging
 from ..errors import HstError, MissingError
-from ..plan import BUCKET_RATIOS
-from ..recipe import Recipe, Target, load_recipe
-from ..tensor_names import LARGE, SMALL, VAE_DECODER
-from . import onnxruntime, tensorrt
+from ..recipe import Recipe, Target
+from .changes import changed_parts, look, visible_changes
+from .estimate import BuildEstimate, estimate_from_manifest, estimate_from_models
+from .graphs import OnPart, add_graphs, graph_inputs, graphs_of, make_exporter, now
+from .shipped import install_shipped, is_shipped, shipped_demo, shipped_hash
+from .tensorrt import EngineProgress, OnEngine, PlannedEngine, add_engines, plan_engines, waiting
+from .toolchain import Toolchain, find_toolchain
 
-if TYPE_CHECKING:
-    from ..export.exporter import PairExporter
+__all__ = ["BuildOutcome", "BuildPlan", "build_bundle", "export_bundle", "plan_build", "shipped_demo"]
 
-__all__ = ["BuildOutcome", "build_bundle", "export_bundle", "shipped_demo"]
 
-_DATA = Path(__file__).resolve().parent.parent / "data"
-_SHIPPED = _DATA / "demo.hstb"
-_COMPONENTS = {LARGE: "transformer", SMALL: "transformer_small", VAE_DECODER: "vae"}
+def _unwatched_part(name: str, made: bool) -> None:
+    """For callers who do not watch."""
 
-OnPart = Callable[[str, bool], None]
+
+def _unwatched_engine(progress: EngineProgress) -> None:
+    """For callers who do not watch."""
 
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """The bundle, and why it was made or left as it was."""
+    """The bundle, why it was made or left as it was, and the engines that were taken over."""
 
     bundle: Bundle
     made: bool
     reasons: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build would do.
+
+    Attributes:
+        reasons: why something would be made; empty if the bundle is what it should be.
+        estimate: of all engines, those to be built and the others; None for ONNX Runtime, and where the pair's models are not
+            on this machine.
+        rebuilt: names of the engines that would be built.
+        tools: what would build them; None for ONNX Runtime, or where `trouble` says why nothing here can.
+    """
+
+    reasons: tuple[str, ...]
+    estimate: BuildEstimate | None
+    rebuilt: tuple[str, ...]
+    tools: Toolchain | None
+    trouble: str
 
 
 def export_bundle(
-    recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = lambda name, made: None
+    recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = _unwatched_part
 ) -> BuildOutcome:
     """Exports the graphs of a pair into the bundle at `final`. For a CPU that is all there is to build; for a GPU the bundle
     is left in the state "graphs".
@@ -66,196 +71,139 @@ def export_bundle(
         MissingError: a model or one of the packages torch, diffusers, transformers, onnx is not there.
         HstError: the pair does not fit, a check failed, or the disk is full.
     """
-    exporter = _exporter(recipe, target)
-    existing, trouble = _look(final, target)
-    return _export(exporter, final, existing, trouble, force, on_part)
+    exporter = make_exporter(recipe, target)
+    existing, trouble = look(final, target)
+    reasons = changed_parts(existing, trouble, graph_inputs(exporter), force)
+    if existing is not None and not reasons:
+        return _unchanged(existing)
+    with Staging.open(final) as staging:
+        return BuildOutcome(staging.commit(add_graphs(staging, exporter, existing, force, on_part)), True, reasons)
 
 
 def build_bundle(
-    recipe: Recipe, target: Target, final: Path, *, force: bool = False, on_part: OnPart = lambda name, made: None
+    recipe: Recipe,
+    target: Target,
+    final: Path,
+    *,
+    force: bool = False,
+    on_part: OnPart = _unwatched_part,
+    on_engine: OnEngine = _unwatched_engine,
 ) -> BuildOutcome:
     """Builds a complete bundle at `final`.
+
+    Args:
+        on_part: called with a graph part's name, and whether it is made or taken over.
+        on_engine: called before, during and after the build of each engine.
 
     Raises:
         MissingError: the target's GPU or TensorRT is not here; the graphs are kept in the bundle, and the error names the
             command that finishes it.
+        IncompatibleError: the target's engines cannot be built on the GPU that is here, or by this TensorRT.
     """
-    existing, trouble = _look(final, target)
-    if _is_shipped(recipe, target) and (existing is None or "shipped" in existing.manifest.parts):
-        shipped = {"shipped": _shipped_hash()}
-        reasons = _reasons(existing, trouble, shipped, force)
+    existing, trouble = look(final, target)
+    if is_shipped(recipe, target) and (existing is None or "shipped" in existing.manifest.parts):
+        reasons = changed_parts(existing, trouble, {"shipped": shipped_hash()}, force)
         if existing is not None and not reasons:
             return _unchanged(existing)
-        return BuildOutcome(_install_shipped(final), made=True, reasons=reasons)
-    if existing is not None and not force and not _changes_seen_from_here(existing, recipe, target):
-        if existing.manifest.state == "graphs":
-            tensorrt.finish(existing, target, recipe.given_as)
+        return BuildOutcome(install_shipped(final), made=True, reasons=reasons)
+    if target.backend != "onnxruntime":
+        return _with_engines(recipe, target, final, existing, trouble, force, on_part, on_engine)
+    if existing is not None and not force and not visible_changes(existing, recipe, target):
         return _unchanged(existing)
-    outcome = _export(_exporter(recipe, target), final, existing, trouble, force, on_part)
-    if outcome.bundle.manifest.state == "graphs":
-        tensorrt.finish(outcome.bundle, target, recipe.given_as)
-    return outcome
+    return export_bundle(recipe, target, final, force=force, on_part=on_part)
 
 
-def _export(
-    exporter: PairExporter, final: Path, existing: Bundle | None, trouble: str, force: bool, on_part: OnPart
-) -> BuildOutcome:
-    recipe, target = exporter.recipe, exporter.target
-    inputs = exporter.inputs | {"recipe": _recipe_hash(recipe)}
-    reasons = _reasons(existing, trouble, inputs, force)
-    if existing is not None and not reasons:
-        return _unchanged(existing)
-    with Staging.open(final) as staging:
-        if force:
-            staging.clear()
-        elif existing is not None:
-            staging.adopt(existing, inputs)
-        exported = exporter.run(staging, on_part)
-        files = staging.files(exported.parts)
-        entry = _target_entry(target)
-        parts = {name: PartEntry(inputs=digest, files=tuple(staging.files([name]))) for name, digest in exporter.inputs.items()}
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            name=final.stem,
-            created_by=f"hst_trt {__version__}",
-            created=_now(),
-            state="graphs",
-            target=entry,
-            recipe=recipe.name,
-            models=exporter.models(),
-            vae_scale=exporter.vae_scale,
-            t5_length=recipe.max_sequence_length,
-            tokenizers=exported.tokenizers,
-            scheduler="scheduler.json",
-            graphs=exported.graphs,
-            defaults=recipe.defaults,
-            limits=recipe.limits,
-            bucket_ratios=BUCKET_RATIOS,
-            files=files,
-            parts=parts | {"recipe": PartEntry(inputs=inputs["recipe"])},
-            fingerprint=fingerprint(files, entry),
-        )
-        if target.backend == "onnxruntime":
-            manifest = onnxruntime.completed(manifest)
-        return BuildOutcome(staging.commit(manifest), made=True, reasons=reasons)
-
-
-def _exporter(recipe: Recipe, target: Target, *, download: bool = True) -> PairExporter:
-    """An exporter for the pair, whose models are fetched if need be and if `download` allows it.
-
-    Raises:
-        MissingError: one of the packages that exporting needs is not installed, or a model is not there.
-    """
-    missing = [name for name in ("torch", "diffusers", "transformers", "onnx") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingError(
-            f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
-            fix='pip install "hst_trt[export]"',
-        )
-    from ..export.exporter import PairExporter
-
-    return PairExporter(recipe, target, download=download)
-
-
-# -- the demo pair's graphs, which ship with the package -------------------------------------------------------------------
-def shipped_demo() -> Path | None:
-    """The folder with the demo pair's exported graphs (its weights lie in the pair's own directory)."""
-    return _SHIPPED if (_SHIPPED / "manifest.json").is_file() else None
-
-
-def _is_shipped(recipe: Recipe, target: Target) -> bool:
-    """Whether a build is of the very recipe whose graphs ship: a recipe of the user's own may have the same name."""
-    if target.backend != "onnxruntime" or shipped_demo() is None:
-        return False
-    return _recipe_hash(recipe) == _recipe_hash(load_recipe("demo"))
-
-
-def _shipped_hash() -> str:
-    return hashlib.sha256((_SHIPPED / "manifest.json").read_bytes()).hexdigest()
-
-
-def _install_shipped(final: Path) -> Bundle:
-    manifest = Manifest.model_validate_json((_SHIPPED / "manifest.json").read_bytes())
-    with Staging.open(final) as staging:
-        staging.clear()
-        for name in manifest.files:
-            source = _SHIPPED / name
-            if not source.is_file():  # weights: graphs/COMPONENT/FILE
-                component = Path(name).parts[1]
-                source = _DATA / "demo_pair" / _COMPONENTS.get(component, component) / Path(name).name
-            link_or_copy(source, staging.path / name)
-        parts = {"shipped": PartEntry(inputs=_shipped_hash(), files=tuple(manifest.files))}
-        update = {"name": final.stem, "created": _now(), "parts": parts}
-        return staging.commit(onnxruntime.completed(manifest.model_copy(update=update)))
-
-
-# -- what changed ----------------------------------------------------------------------------------------------------------
-def _look(final: Path, target: Target) -> tuple[Bundle | None, str]:
-    """The bundle that is there, or None and why it cannot be taken as it is."""
-    recover(final)
+def plan_build(recipe: Recipe, target: Target, final: Path, *, force: bool = False) -> BuildPlan:
+    """What `build_bundle` would do now, and what that takes. Nothing is built or downloaded, and the bundle is not hashed."""
+    existing, trouble = look(final, target, check_hashes=False)
+    if existing is None or force:
+        reasons = changed_parts(existing, trouble, {}, force)
+    else:
+        reasons = visible_changes(existing, recipe, target)
+    if target.backend == "onnxruntime":
+        return BuildPlan(reasons, None, (), None, "")
+    tools, obstacle = None, ""
     try:
-        bundle = Bundle.open(final)
-    except MissingError:
-        return None, "there is no bundle yet"
+        tools = find_toolchain(target)
     except HstError as exc:
-        return None, f"the bundle that is there cannot be used: {exc.problem}"
-    if bundle.manifest.target.name != target.name:
-        return None, f"the bundle that is there is for {bundle.manifest.target.name}"
-    return bundle, ""
+        obstacle = exc.problem
+    if existing is None or reasons:
+        models = estimate_from_models(recipe, target)
+        return BuildPlan(reasons, models, tuple(models.engines if models else ()), tools, obstacle)
+    graphs = graphs_of(existing.manifest)
+    estimate = estimate_from_manifest(graphs, existing.spec, recipe, target)
+    if tools is None:
+        waits = existing.manifest.state == "graphs"
+        return BuildPlan(("its graphs wait for their engines",) if waits else (), estimate, (), None, obstacle)
+    planned = plan_engines(graphs, existing.spec, existing.manifest, tools, recipe, target)
+    rebuilt = tuple(engine.name for engine in planned if engine.reason)
+    return BuildPlan(_engine_reasons(planned), estimate, rebuilt, tools, obstacle)
 
 
-def _reasons(existing: Bundle | None, trouble: str, inputs: dict[str, str], force: bool) -> tuple[str, ...]:
-    """Why a bundle is to be made; empty if the one that is there is what `inputs` would give."""
-    if force:
-        return ("--force was given",)
-    if existing is None:
-        return (trouble,)
-    before = {name: part.inputs for name, part in existing.manifest.parts.items()}
-    changed = sorted(name for name in before.keys() | inputs.keys() if before.get(name) != inputs.get(name))
-    return tuple(f"{name} is made from something else now" for name in changed)
-
-
-def _changes_seen_from_here(existing: Bundle, recipe: Recipe, target: Target) -> bool:
-    """Whether a bundle's models or recipe have changed.
-
-    Graphs that wait for their engines may have been carried here: only their recipe is compared. So are those whose models
-    or whose exporter are not on this machine; nothing is downloaded for a comparison.
-    """
-    recipe_part = existing.manifest.parts.get("recipe")
-    if recipe_part is None or recipe_part.inputs != _recipe_hash(recipe):
-        return True
-    if existing.manifest.state == "graphs":
-        return False
+def _with_engines(
+    recipe: Recipe,
+    target: Target,
+    final: Path,
+    existing: Bundle | None,
+    trouble: str,
+    force: bool,
+    on_part: OnPart,
+    on_engine: OnEngine,
+) -> BuildOutcome:
+    tools: Toolchain | None = None
     try:
-        inputs = _exporter(recipe, target, download=False).inputs | {"recipe": recipe_part.inputs}
-    except MissingError:
-        return False
-    return bool(_reasons(existing, "", inputs, force=False))
+        tools = find_toolchain(target)
+    except MissingError as exc:
+        missing = exc
+    complete = existing is not None and existing.manifest.state == "complete"
+    if existing is not None and not force and not visible_changes(existing, recipe, target):
+        graphs = graphs_of(existing.manifest)
+        planned = [] if tools is None else plan_engines(graphs, existing.spec, existing.manifest, tools, recipe, target)
+        if complete and not _engine_reasons(planned):
+            return _unchanged(existing)
+        if tools is None:
+            raise waiting(final, target, recipe.given_as, missing)
+        with Staging.open(final) as staging:
+            staging.adopt(existing, {name: part.inputs for name, part in graphs.parts.items()})
+            return _finished(staging, graphs, planned, existing, tools, (), on_engine)
+
+    if tools is None and complete:
+        raise MissingError(
+            f"{target.name} needs {target.backend} engines, which cannot be built here: {missing.problem}",
+            found=f"the complete bundle {final}, which was left as it is",
+            fix="build on a machine with that GPU and its TensorRT, or into another folder with --output",
+        ) from missing
+    exporter = make_exporter(recipe, target)
+    reasons = changed_parts(existing, trouble, graph_inputs(exporter), force)
+    with Staging.open(final) as staging:
+        graphs = add_graphs(staging, exporter, existing, force, on_part)
+        if tools is None:
+            staging.commit(graphs)
+            raise waiting(final, target, recipe.given_as, missing) from missing
+        usable = None if force else existing
+        before = usable.manifest if usable is not None else None
+        planned = plan_engines(graphs, Bundle(staging.path, graphs).spec, before, tools, recipe, target)
+        return _finished(staging, graphs, planned, usable, tools, reasons, on_engine)
 
 
-def _recipe_hash(recipe: Recipe) -> str:
-    """Of all that a recipe says; of a local directory only the name, since a bundle may be carried to another machine."""
-    content = recipe.model_dump(mode="json", exclude={"given_as"})
-    for role in ("large", "small"):
-        if Path(content[role]["source"]).is_absolute():
-            content[role]["source"] = Path(content[role]["source"]).name
-    return hashlib.sha256(json.dumps([content, BUCKET_RATIOS], sort_keys=True).encode()).hexdigest()
+def _finished(
+    staging: Staging,
+    graphs: Manifest,
+    planned: list[PlannedEngine],
+    existing: Bundle | None,
+    tools: Toolchain,
+    reasons: tuple[str, ...],
+    on_engine: OnEngine,
+) -> BuildOutcome:
+    manifest, kept = add_engines(staging, graphs, planned, existing, tools, on_engine)
+    manifest = manifest.model_copy(update={"created": now()})
+    built = [engine for engine in planned if engine.name not in kept]
+    return BuildOutcome(staging.commit(manifest), made=True, reasons=reasons + _engine_reasons(built), kept=kept)
+
+
+def _engine_reasons(planned: list[PlannedEngine]) -> tuple[str, ...]:
+    return tuple(f"engine {engine.name}: {engine.reason}" for engine in planned if engine.reason)
 
 
 def _unchanged(bundle: Bundle) -> BuildOutcome:
     return BuildOutcome(bundle, made=False, reasons=("nothing it was made from has changed",))
-
-
-def _target_entry(target: Target) -> TargetEntry:
-    return TargetEntry(
-        name=target.name,
-        backend=target.backend,
-        backend_version="",
-        precision=target.precision,
-        os=platform.system().lower(),
-        arch=platform.machine(),
-    )
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ..recipe import load_target, target_names
 
 __all__ = ["Gpu", "detect_gpus", "detect_target"]
 
-_QUERY = "name,compute_cap,memory.total,driver_version"
+_QUERY = "name,compute_cap,memory.total,driver_version,uuid"
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,19 @@ class Gpu:
     sm: int  # compute capability, 90 for 9.0
     memory_mib: int
     driver: str
+    uuid: str
 
 
 def detect_gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that are here; none if there is no driver."""
+    """The NVIDIA GPUs that are here and that ``CUDA_VISIBLE_DEVICES`` leaves visible; none if there is no driver."""
     command = shutil.which("nvidia-smi")
-    if command is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if command is None or visible in ("", "-1"):
         return []
+    chosen = [] if visible is None else [f"--id={visible}"]
     try:
         answer = subprocess.run(
-            [command, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
+            [command, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits", *chosen],
             capture_output=True,
             text=True,
             timeout=20,
@@ -43,8 +47,8 @@ def detect_gpus() -> list[Gpu]:
 def _parse(line: str) -> Gpu | None:
     parts = [part.strip() for part in line.split(",")]
     try:
-        name, capability, memory, driver = parts
-        return Gpu(name, round(float(capability) * 10), int(float(memory)), driver)
+        name, capability, memory, driver, uuid = parts
+        return Gpu(name, round(float(capability) * 10), int(float(memory)), driver, uuid)
     except ValueError:
         return None
 

@@ -13,7 +13,7 @@ from .manifest import (
     TensorEntry,
     TokenizerEntry,
 )
-from .reading import MANIFEST, SUFFIX, Bundle, bundles_folder, hash_file, newest_bundle
+from .reading import MANIFEST, SUFFIX, Bundle, bundles_folder, hash_file, newest_bundle, verify_files
 from .staging import Staging, fingerprint, link_or_copy, recover
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "link_or_copy",
     "newest_bundle",
     "recover",
+    "verify_files",
 ]

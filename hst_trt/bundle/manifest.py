@@ -49,6 +49,11 @@ class GraphEntry(_Entry):
     outputs: tuple[TensorEntry, ...]
     worst_error: float | None = None  # graph against torch at export: relative, or for the VAE in 1/255 of a pixel
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The symbolic axes of the inputs, in order."""
+        return tuple(dict.fromkeys(axis for tensor in self.inputs for axis in tensor.shape if isinstance(axis, str)))
+
 
 class ModelEntry(_Entry):
     source: str
@@ -76,7 +81,7 @@ class EngineEntry(_Entry):
     path: str
     profiles: tuple[ProfileEntry, ...] = Field(min_length=1)
     activation_bytes: int | None = None  # scratch memory that its largest profile needs; None: no GPU was there to ask
-    read_back: Literal["network", "engine"]  # where inputs and outputs were compared with the graph's after the build
+    read_back: Literal["network", "engine"]  # what of TensorRT's was compared with the graph: "engine" only on a GPU
     seconds: float = Field(ge=0)  # that the build took
 
 

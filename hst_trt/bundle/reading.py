@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
+from ..disk import user_cache
 from ..errors import IncompatibleError, IntegrityError, MissingError
 from ..schedule import FlowMatchEuler
 from ..spec import PairSpec, TransformerSpec
@@ -192,19 +193,19 @@ def bundles_folder() -> Path:
         return checkout / "engines"
     if home := os.environ.get("HST_TRT_HOME"):
         return Path(home) / "bundles"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hst_trt" / "bundles"
+    folder = user_cache() / "bundles"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 
-def newest_bundle(folder: Path, backends: Iterable[str]) -> Path | None:
-    """The most recently built complete bundle for one of `backends`; damaged ones are passed over."""
+def newest_bundle(folder: Path, fits: Callable[[Manifest], bool]) -> Path | None:
+    """The most recently built bundle that `fits`; damaged ones are passed over."""
     found = []
     for path in folder.glob(f"*{SUFFIX}"):
         try:
             manifest = _read_manifest(path)
         except (IntegrityError, IncompatibleError, MissingError):
             continue
-        if manifest.state == "complete" and manifest.target.backend in set(backends):
+        if fits(manifest):
             found.append((manifest.created, path.name, path))
     return max(found)[2] if found else None

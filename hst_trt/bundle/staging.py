@@ -90,7 +90,8 @@ class Staging:
                     link_or_copy(bundle.path / file, self.path / file)
                 graphs = {key: graph.model_dump() for key, graph in m.graphs.items() if graph.path in part.files}
                 tokenizers = [entry.model_dump() for entry in m.tokenizers if entry.path in part.files]
-                result = {"graphs": graphs, "tokenizers": tokenizers}
+                engines = {key: engine.model_dump() for key, engine in m.engines.items() if engine.path in part.files}
+                result = {"graphs": graphs, "tokenizers": tokenizers, "engines": engines}
                 self.finish(name, part.inputs, [self.path / file for file in part.files], result)
 
     def part(self, name: str, inputs: Any) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def bench(
             f"{row['predicted_speedup']:.3f}",
             f"{row['of_predicted']:.3f}",
             f"{1e3 * row['total_seconds']['median']:.1f}",
-            f"{row['overhead']['median']:.1%}",
+            f"{row['overhead']['median']:.1%}" if row["overhead"] else "",
         )
     tables.print(table)
     tables.print(

@@ -24,9 +24,9 @@ _PACKAGES = {  # distribution -> (what it is for, how to get it)
     "diffusers": ("export", 'pip install "hst_trt[export]"'),
     "transformers": ("export", 'pip install "hst_trt[export]"'),
     "onnx": ("export", 'pip install "hst_trt[export]"'),
-    "tensorrt-cu13": ("engines for h100, h200, a100 (not built by this version)", 'pip install "hst_trt[tensorrt]"'),
-    "tensorrt-rtx-cu13": ("engines for rtx (not built by this version)", 'pip install "hst_trt[rtx]"'),
-    "cuda-python": ("runs engines (not used by this version)", 'pip install "hst_trt[tensorrt]"'),
+    "tensorrt-cu13": ("engines for h100, h200, a100, on that GPU", 'pip install "hst_trt[tensorrt]"'),
+    "tensorrt-rtx-cu13": ("engines for rtx, on any machine; others with --backend", 'pip install "hst_trt[rtx]"'),
+    "cuda-python": ("runs engines", 'pip install "hst_trt[tensorrt]" or "hst_trt[rtx]"'),
 }
 
 

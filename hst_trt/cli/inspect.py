@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Manifest, ProfileEntry
 from ..tensor_names import GLUE, VAE_DECODER
 from .console import bars, print_json, tables
 from .options import find_bundle
@@ -21,7 +21,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @_ARGUMENT
 @_JSON
 def inspect(bundle: str | None, as_json: bool) -> None:
-    """Show what a bundle holds: models, graphs with their inputs and outputs, files. Nothing is hashed or loaded."""
+    """Show what a bundle holds: models, graphs with their inputs and outputs, engines with their profiles. Nothing is hashed or
+    loaded."""
     opened = Bundle.open(find_bundle(bundle), check_hashes=False)
     m = opened.manifest
     if as_json:
@@ -31,7 +32,7 @@ def inspect(bundle: str | None, as_json: bool) -> None:
 
     t = m.target
     tables.print(opened.path)
-    backend = f"{t.backend} {t.backend_version}".strip()
+    backend = f"{t.backend} {t.backend_version}".strip() + (f" for {', '.join(f'SM{sm}' for sm in t.sms)}" if t.sms else "")
     tables.print(f"{m.recipe} for {t.name}: {backend}, {t.precision}, {t.os}/{t.arch}, state {m.state}")
     tables.print(f"made {m.created} by {m.created_by}, fingerprint {m.fingerprint[:16]}")
     for name, model in m.models.items():
@@ -50,9 +51,38 @@ def inspect(bundle: str | None, as_json: bool) -> None:
         table.add_row(name, f"{mib:.2f}", _tensors(graph.inputs), _tensors(graph.outputs), error)
     tables.print(table)
     tables.print(f"glue: {', '.join(name for name in m.graphs if name in GLUE)}")
+    if m.engines:
+        tables.print(_engines(m))
+        tables.print("shapes they take, by the axes of their graphs:")
+        for name, engine in m.engines.items():
+            tables.print(f"  {name}: {'; '.join(_lengths(profile) for profile in engine.profiles)}")
     d, limits = m.defaults, f"side {m.limits.max_side}, {m.limits.max_images} images"
     tables.print(
         f"defaults: {d.width}x{d.height}, {d.num_inference_steps} steps, guidance {d.guidance_scale}; limits: {limits}"
+    )
+
+
+def _engines(m: Manifest) -> Any:
+    from rich.table import Table
+
+    table = Table(f"{m.target.backend} engine", "MiB", "pinned", "ranges", "scratch MiB", "read back", "seconds")
+    for name, engine in m.engines.items():
+        pinned = sum(_is_pinned(profile) for profile in engine.profiles)
+        scratch = "" if engine.activation_bytes is None else f"{engine.activation_bytes / 2**20:.1f}"
+        mib = f"{m.files[engine.path].bytes / 2**20:.2f}"
+        profiles = (str(pinned), str(len(engine.profiles) - pinned))
+        table.add_row(name, mib, *profiles, scratch, engine.read_back, f"{engine.seconds:.1f}")
+    return table
+
+
+def _is_pinned(profile: ProfileEntry) -> bool:
+    return all(least == greatest for least, _, greatest in profile.axes.values())
+
+
+def _lengths(profile: ProfileEntry) -> str:
+    return " ".join(
+        f"{axis} {least}" if least == greatest else f"{axis} {least}..{greatest}"
+        for axis, (least, _, greatest) in profile.axes.items()
     )
 
 

@@ -20,6 +20,7 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "build": ("build", "Build a bundle for a target."),
     "inspect": ("inspect", "Show what a bundle holds."),
     "verify": ("inspect", "Check every file of a bundle against its hash."),
+    "validate": ("validate", "Compare every engine of a bundle with its graph in float32."),
     "plan": ("plan", "Print a schedule as a table, with its predicted cost."),
     "run": ("run", "Draw images."),
     "bench": ("bench", "Time calls and whole runs of a bundle."),

@@ -109,8 +109,9 @@ def _mask_rule(options: dict[str, Any]) -> MaskRule:
     return MaskRule(ratio, options["mask_threshold"], options["mask_decay"], options["drift"], options["starvation"])
 
 
-def find_bundle(name: str | None) -> Path:
-    """The bundle that is meant: a path, a name in the bundles folder, or the newest; the demo's is made if there is none."""
+def find_bundle(name: str | None, device: int = 0) -> Path:
+    """The bundle that is meant: a path, a name in the bundles folder, or the newest that runs on `device` or on the CPU; the
+    demo's is made if there is none."""
     folder = bundles_folder()
     if name is not None:
         path = Path(name)
@@ -121,7 +122,9 @@ def find_bundle(name: str | None) -> Path:
         raise MissingError(
             f"there is no bundle {name!r}", found=f"{there} in {folder}", fix="give one of them, a path, or run `hst-trt build`"
         )
-    if newest := newest_bundle(folder, ["onnxruntime"]):
+    from ..backends import runs_here
+
+    if newest := newest_bundle(folder, lambda manifest: runs_here(manifest, device)):
         return newest
     from ..builder.build import build_bundle
     from ..recipe import load_recipe, load_target

@@ -19,8 +19,8 @@ __all__ = ["plan"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def plan(bundle: str | None, as_json: bool, **schedule: Any) -> None:
     """Print a schedule as a table, with its predicted cost. No graph is loaded."""
+    from ..arguments import plan_request
     from ..bundle import Bundle
-    from ..pipeline import plan_request
 
     opened = Bundle.open(find_bundle(bundle), check_hashes=False)
     made, costs = plan_request(opened, **plan_arguments(schedule))

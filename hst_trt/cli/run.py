@@ -44,6 +44,8 @@ __all__ = ["run"]
 )
 @click.option("--overwrite", is_flag=True, help="Number files from 000, replacing older ones.")
 @click.option("--save-masks", is_flag=True, help="Also lay each step's mask over the first finished picture, in one file.")
+@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU; one process uses one.")
+@click.option("--low-vram", is_flag=True, help="Load engines when they are needed and free them after, for every picture.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
@@ -57,6 +59,8 @@ def run(
     output_dir: Path,
     overwrite: bool,
     save_masks: bool,
+    device: int,
+    low_vram: bool,
     threads: int,
     as_json: bool,
     **schedule: Any,
@@ -83,7 +87,9 @@ def run(
         def on_hash(done: int, total: int) -> None:
             progress.update(checking, completed=done >> 20, total=total >> 20)
 
-        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads, on_hash=on_hash)
+        pipeline = HybridStitchPipeline.from_bundle(
+            find_bundle(bundle, device), device=device, low_vram=low_vram, threads=threads, on_hash=on_hash
+        )
         plan = pipeline.plan(**arguments)
         pipeline.load(plan, lambda name, done, total: progress.update(loading, completed=done, total=total, note=name))
         loaded = time.perf_counter() - started
@@ -185,9 +191,10 @@ def _print_stats(result: dict[str, Any], loaded: float) -> None:
             table.add_row(*map(str, cells))
     tables.print(table)
     seconds, source = result["seconds"], result["cost_source"]
+    outside = "" if result["overhead"] is None else f" · outside the transformers {result['overhead']:.1%} of the loop"
     tables.print(
         f"large model's compute saved {result['large_compute_saved']:.0%} · with the small model's, the loop is predicted "
         f"{result['modelled_speedup']:.2f}x as fast as large-only by {source}; `hst-trt bench` measures it\n"
         f"load {loaded:.2f} s · text {seconds['text']:.3f} s · denoise {seconds['denoise']:.3f} s · "
-        f"VAE {seconds['vae']:.3f} s · outside the transformers {result['overhead']:.1%} of the loop"
+        f"VAE {seconds['vae']:.3f} s{outside}"
     )

@@ -21,6 +21,7 @@ from diffusers import SD3Transformer2DModel
 from ..errors import BuildError, IntegrityError, NumericsError
 from ..models.glue import REFERENCE
 from ..models.sd3 import TokenTransformer
+from ..schedule import MAX_STEPS
 from ..spec import TransformerSpec
 from .graph import GraphBuilder, Precision
 from .text import clip_text_graph, t5_encoder_graph
@@ -257,6 +258,9 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
 
     chosen = np.ascontiguousarray(orders()[:, :active])
     match name:
+        case "advance":
+            parts = {"timesteps": _normal(rng, MAX_STEPS), "delta_sigmas": _normal(rng, MAX_STEPS)}
+            return parts | {"step": rng.integers(MAX_STEPS, size=1), "row_index": np.tile(np.arange(batch), 2)}
         case "pack":
             rows, table = np.tile(np.arange(batch), 2), rng.permutation(3 * n)[:n]
             return {"latents": tokens(), "token_ids": chosen, "row_index": rows, "pos_table": table}

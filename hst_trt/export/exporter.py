@@ -162,8 +162,13 @@ class PairExporter:
         folder: Path,
         build: Callable[[dict[str, Any], WeightStore], GraphBuilder],
         check: Callable[[Path, dict[str, Any]], float],
+        settings: Any = None,
     ) -> _Part:
-        """A graph with weights: written beside links to its weight files, then checked there."""
+        """A graph with weights: written beside links to its weight files, then checked there.
+
+        Args:
+            settings: what else decides the graph.
+        """
         config = read_config(folder / "config.json")
         weights = WeightStore(folder)
 
@@ -186,16 +191,18 @@ class PairExporter:
             entry = _graph_entry(model, path, linked, staging, worst)
             return [path, *linked], {"graphs": {name: entry.model_dump()}}
 
-        return self._part(name, [config, [_identity(file) for file in weights.files]], make)
+        return self._part(name, [config, [_identity(file) for file in weights.files], settings], make)
 
     def _transformer(self, name: str, folder: Path, *, cached: bool) -> _Part:
+        settings: dict[str, Any] = {"cached": cached, "cache_rows": self._cache_rows}
+        if name == LARGE:
+            settings["float32_blocks"] = self.recipe.float32_blocks
         return self._graph_part(
             name,
             folder,
-            lambda config, weights: transformer_graph(
-                config, weights, self.target.precision, cached=cached, cache_rows=self._cache_rows
-            ),
+            lambda config, weights: transformer_graph(config, weights, self.target.precision, **settings),
             lambda where, config: check_transformer(where, config, cached=cached, static=self._cache_rows is not None),
+            settings,
         )
 
     @property

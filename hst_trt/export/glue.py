@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..schedule import MAX_STEPS
 from .graph import GraphBuilder
 
 __all__ = ["glue_graphs", "join_text_graph"]
@@ -59,6 +60,17 @@ def join_text_graph(
         "float32",
         ["R", sum(pooled_widths)],
     )
+    return g
+
+
+def _advance(g: GraphBuilder) -> GraphBuilder:
+    timesteps = g.input("timesteps", "float32", [MAX_STEPS])
+    delta_sigmas = g.input("delta_sigmas", "float32", [MAX_STEPS])
+    step = g.input("step", "int64", [1])
+    row_index = g.input("row_index", "int64", ["R"])
+    g.output(g.op("Expand", g.op("Gather", timesteps, step, axis=0), g.op("Shape", row_index)), "timestep", "float32", ["R"])
+    g.output(g.op("Gather", delta_sigmas, step, axis=0), "delta_sigma", "float32", [1])
+    g.output(g.op("Add", step, g.ints(1)), "next_step", "int64", [1])
     return g
 
 
@@ -241,6 +253,7 @@ def _finite(g: GraphBuilder) -> GraphBuilder:
 
 
 _MAKERS: tuple[Callable[[GraphBuilder], GraphBuilder], ...] = (
+    _advance,
     _pack,
     _guide,
     _blend,

@@ -11,12 +11,12 @@ The torch modules that this graph must agree with are in `hst_trt.models.sd3`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, RequestError
 from ..tensor_names import past_to_present
 from .graph import Dim, GraphBuilder, Precision
 from .weights import StoredTensor, WeightStore
@@ -35,6 +35,7 @@ def transformer_graph(
     cached: bool,
     cache_rows: tuple[int, int] | None = None,
     layers: Sequence[int] | None = None,
+    float32_blocks: Collection[int] = (),
 ) -> GraphBuilder:
     """Builds the graph of a `SD3Transformer2DModel`.
 
@@ -48,6 +49,9 @@ def transformer_graph(
             makes it that long, a static axis as TensorRT's KV-cache layer demands; only the first ``T+N`` rows are
             attended to, and the shape of the extra input ``token_slots`` [N] tells N.
         layers: build only these blocks (a *twin* for numeric checks), the last of the model always being the last.
+        float32_blocks: blocks that compute in float32 whatever the precision, for those whose activations a half precision
+            does not hold. Only the cache and the attention over it stay in `precision`: queries and keys are normed, attention
+            gives means of values, and TensorRT has no fused attention for float32.
 
     Inputs (B rows, M computed tokens, N image tokens, T text tokens, C latent channels, p patch size):
         hidden_tokens [B, M, C*p*p], pos_ids [B, M] int64, timestep [B], encoder_hidden_states [B, T, J],
@@ -56,7 +60,7 @@ def transformer_graph(
     Outputs: velocity [B, M, C*p*p] in the (C, p, p) layout of hidden_tokens, and present_k_i, present_v_i, to be bound
         to the buffers of past_k_i, past_v_i.
     """
-    return _Builder(config, weights, precision, cached, cache_rows, layers).build()
+    return _Builder(config, weights, precision, cached, cache_rows, layers, float32_blocks).build()
 
 
 class _Builder:
@@ -68,20 +72,30 @@ class _Builder:
         cached: bool,
         cache_rows: tuple[int, int] | None,
         layers: Sequence[int] | None,
+        float32_blocks: Collection[int],
     ) -> None:
         self.g = GraphBuilder("transformer", weights, precision)
         self.weights = weights
+        self.precision: Precision = precision
         self.heads: int = config["num_attention_heads"]
         self.head_dim: int = config["attention_head_dim"]
         self.width = self.heads * self.head_dim
         self.num_layers: int = config["num_layers"]
         self.layers = list(range(self.num_layers)) if layers is None else list(layers)
         self.dual = [i for i in config.get("dual_attention_layers") or () if i in self.layers]
+        self.float32_blocks = frozenset(float32_blocks) if precision != "float32" else frozenset()
         self.config = config
         self.cached = cached
         self.cache_rows = cache_rows
         if config.get("qk_norm") not in (None, "rms_norm"):
             raise IncompatibleError(f"qk_norm {config['qk_norm']!r} is not one SD3 models use (None or 'rms_norm')")
+        outside = sorted(block for block in self.float32_blocks if not 0 <= block < self.num_layers)
+        if outside:
+            raise RequestError(
+                f"float32_blocks names blocks that the transformer does not have: {outside}",
+                found=f"{self.num_layers} blocks, numbered from 0",
+                fix="correct float32_blocks in the recipe",
+            )
         if self.layers[-1] != self.num_layers - 1:
             raise ValueError("the last block has no text output and must stay last")
 
@@ -102,7 +116,7 @@ class _Builder:
         condition = g.silu(self._condition(timestep, self._enter(pooled)))
         context = g.linear(self._enter(text), "context_embedder")
         for slot, layer in enumerate(self.layers):
-            x, context = self._block(slot, layer, x, context, condition)
+            x, context = self._rounded_block(slot, layer, x, context, condition)
 
         g.scope("norm_out")
         scale, shift = self._modulation(condition, "norm_out.linear", 2)
@@ -153,6 +167,18 @@ class _Builder:
         return g.op("Add", time, text)
 
     # -- one block ---------------------------------------------------------------------------------------------------
+    def _rounded_block(self, slot: int, layer: int, x: str, context: str, condition: str) -> tuple[str, str]:
+        """A block in the graph's precision, or between casts in float32."""
+        if layer not in self.float32_blocks:
+            return self._block(slot, layer, x, context, condition)
+        g = self.g
+        g.scope(f"transformer_blocks.{layer}")
+        wide = [g.cast(value, "float32") for value in (x, context, condition)]
+        g.precision = "float32"
+        x, context = self._block(slot, layer, *wide)
+        g.precision = self.precision
+        return g.cast(x, g.precision), context if layer == self.num_layers - 1 else g.cast(context, g.precision)
+
     def _block(self, slot: int, layer: int, x: str, context: str, condition: str) -> tuple[str, str]:
         g = self.g
         stem = f"transformer_blocks.{layer}."
@@ -230,8 +256,9 @@ class _Builder:
 
     def _attend(self, q: str, k: str, v: str) -> str:
         g = self.g
-        attended = g.op("Transpose", g.op("Attention", q, k, v), perm=[0, 2, 1, 3])
-        return g.op("Reshape", attended, g.ints(0, 0, self.width))
+        attended = g.op("Transpose", g.op("Attention", self._narrow(q), k, v), perm=[0, 2, 1, 3])
+        joined = g.op("Reshape", attended, g.ints(0, 0, self.width))
+        return joined if g.precision == self.precision else g.cast(joined, g.precision)
 
     # -- the cache ---------------------------------------------------------------------------------------------------
     def _declare_cache(self) -> None:
@@ -254,16 +281,20 @@ class _Builder:
             self.image_rows = self.g.op("Shape", self.g.input("token_slots", "int64", ["N"]))
 
     def _update_cache(self, index: int, kind: str, rows: str, text_length: str | None) -> str:
-        """Writes `rows` over the cache's prefix and returns all rows that attention may see."""
+        """Writes `rows` over the cache's prefix and returns all rows that attention may see, in the graph's precision."""
+        g, rows = self.g, self._narrow(rows)
         if not self.cached:
             return rows
-        g = self.g
         past = f"past_{kind}_{index}"
         present = g.op_into(past_to_present(past), "TensorScatter", past, rows, axis=2, mode="linear")
         if self.cache_rows is None:
             return present
         end = self.image_rows if text_length is None else g.op("Add", text_length, self.image_rows)
         return g.op("Slice", present, g.ints(0), end, g.ints(2))
+
+    def _narrow(self, value: str) -> str:
+        """A value of a block, which may compute in float32, in the graph's precision."""
+        return value if self.g.precision == self.precision else self.g.cast(value, self.precision)
 
     def _project_out(self, x: str, patch: int) -> str:
         """proj_out gives a patch as (p, q, c); its rows are permuted so that velocity has hidden_tokens' (c, p, q)."""

@@ -34,6 +34,15 @@ def join_text(
     }
 
 
+def advance(timesteps: Tensor, delta_sigmas: Tensor, step: Tensor, row_index: Tensor) -> dict[str, Tensor]:
+    """What a step needs of the request's table: its timestep for every row [R], its dsigma [1], and the index after its own."""
+    return {
+        "timestep": timesteps[step].expand(len(row_index)),
+        "delta_sigma": delta_sigmas[step],
+        "next_step": step + 1,
+    }
+
+
 def pack(latents: Tensor, token_ids: Tensor, row_index: Tensor, pos_table: Tensor) -> dict[str, Tensor]:
     """The transformer's inputs for the tokens ``token_ids`` [B, M]; ``row_index`` [R] says which image a row belongs to.
 
@@ -161,6 +170,7 @@ def finite(latents: Tensor) -> dict[str, Tensor]:
 
 REFERENCE: dict[str, Callable[..., dict[str, Tensor]]] = {
     "join_text": join_text,
+    "advance": advance,
     "pack": pack,
     "guide": guide,
     "blend": blend,

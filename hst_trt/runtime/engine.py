@@ -1,17 +1,27 @@
 """What a backend must offer: buffers, and engines that run on them. The loop above knows nothing else of a backend.
 
-A call is *prepared* once for fixed buffers (that fixes every shape and address), then *executed* any number of times; where
-a backend can record launches, *capture* turns the prepared call into a graph that later executions replay.
+A call is *prepared* once for fixed buffers, which fixes every shape and address, and then *executed* any number of times.
+Where a backend can record what it enqueues, it has a *recorder*, which runs a body of calls once, records it the second
+time, and replays the recording from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["Backend", "Buffer", "Engine", "PreparedCall"]
+__all__ = ["Backend", "Buffer", "Engine", "PreparedCall", "Recorder", "TensorInfo"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of an engine. Axes whose length is free are names; ``bfloat16`` is a dtype too."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
 
 
 class Buffer(Protocol):
@@ -28,10 +38,6 @@ class PreparedCall(Protocol):
         """Computes the outputs from what the inputs hold now; returns when later reads of the outputs are ordered."""
         ...
 
-    def capture(self) -> None:
-        """Records the call for replay where the backend can; elsewhere does nothing."""
-        ...
-
 
 class Engine(Protocol):
     """One loaded graph."""
@@ -41,8 +47,8 @@ class Engine(Protocol):
     @property
     def output_names(self) -> Sequence[str]: ...
     @property
-    def output_widths(self) -> Mapping[str, int]:
-        """The length of each output's last axis, where it is static."""
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Inputs and outputs by name. One that is left out is float32 and takes any shape that its formula allows."""
         ...
 
     def prepare(self, bindings: Mapping[str, Any]) -> PreparedCall:
@@ -53,6 +59,15 @@ class Engine(Protocol):
         ...
 
 
+class Recorder(Protocol):
+    """Runs bodies of calls, and replays what it recorded of them. It keeps what it recorded only as long as it lives."""
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Does what `body` does. `key` must hold everything that decides which calls `body` makes on which buffers: a body
+        that was recorded under an equal key is replayed, and not called."""
+        ...
+
+
 class Backend(Protocol):
     """Makes buffers and loads engines. `Buffer` is opaque: only the backend that made one looks inside."""
 
@@ -60,12 +75,29 @@ class Backend(Protocol):
         """The engine of that name (`hst_trt.tensor_names`), loaded on first use and kept."""
         ...
 
-    def empty(self, shape: Sequence[int], dtype: str) -> Any: ...
+    def release(self, names: Iterable[str]) -> None:
+        """Frees those engines that are loaded, and other memory that nothing uses any more.
+
+        Calls prepared from them, and recordings with such calls, must be gone.
+        """
+        ...
+
+    def recorder(self) -> Recorder | None:
+        """A new recorder; None where calls cannot be recorded."""
+        ...
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """A new buffer; what it holds is undefined."""
+        ...
+
     def view(self, buffer: Any, shape: Sequence[int]) -> Any:
         """The first elements of a contiguous buffer under another shape, sharing its memory."""
         ...
 
-    def write(self, buffer: Any, values: np.ndarray) -> None: ...
+    def write(self, buffer: Any, values: np.ndarray) -> None:
+        """Fills a buffer with values that broadcast to its shape."""
+        ...
+
     def read(self, buffer: Any) -> np.ndarray:
         """A copy of the buffer's values; waits for everything that was executed before."""
         ...
@@ -83,4 +115,12 @@ class Backend(Protocol):
             first: slots below this one stay as they are (the next call rewrites them); those read are all below it.
             text_rows: for each cache, how many of its rows stand before slot 0.
         """
+        ...
+
+    def mark(self) -> Any:
+        """A point in time: when everything that was executed before is done."""
+        ...
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds from one mark to another; waits until `end` is reached."""
         ...

@@ -6,7 +6,8 @@ Runtime's TensorScatter recognises; then only the written rows are touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import onnxruntime as ort
 
 from ..errors import BuildError, ResourceError
 from ..tensor_names import GLUE
+from .engine import TensorInfo
 
 __all__ = ["HostBuffer", "OnnxRuntimeBackend"]
+
+_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,6 @@ class _BoundCall:
         except ort.capi.onnxruntime_pybind11_state.RuntimeException as exc:
             raise _translated(exc, self._name) from exc
 
-    def capture(self) -> None:
-        """ONNX Runtime's CPU provider has nothing to record."""
-
 
 class OnnxEngine:
     """One session."""
@@ -64,7 +65,8 @@ class OnnxEngine:
         self._session = session
         self.input_names = tuple(node.name for node in session.get_inputs())
         self.output_names = tuple(node.name for node in session.get_outputs())
-        self.output_widths = {node.name: node.shape[-1] for node in session.get_outputs() if isinstance(node.shape[-1], int)}
+        nodes = (*session.get_inputs(), *session.get_outputs())
+        self.tensors = {node.name: TensorInfo(_DTYPES.get(node.type, node.type), tuple(node.shape)) for node in nodes}
 
     def prepare(self, bindings: Mapping[str, HostBuffer]) -> _BoundCall:
         missing = [name for name in (*self.input_names, *self.output_names) if name not in bindings]
@@ -89,6 +91,13 @@ class OnnxRuntimeBackend:
         if name not in self._engines:
             self._engines[name] = OnnxEngine(name, self._session(name))
         return self._engines[name]
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._engines.pop(name, None)
+
+    def recorder(self) -> None:
+        """ONNX Runtime's CPU provider has nothing to record."""
 
     def _session(self, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -139,6 +148,13 @@ class OnnxRuntimeBackend:
             for cache, offset in zip(caches, text_rows, strict=True):
                 rows = cache.array[image::images]  # the image's negative and positive row, a view
                 rows[:, :, target + offset] = rows[:, :, leaving + offset]
+
+    # -- time --------------------------------------------------------------------------------------------------------
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def elapsed(self, start: float, end: float) -> float:
+        return end - start
 
 
 def _translated(exc: Exception, name: str) -> Exception:
