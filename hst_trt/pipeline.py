@@ -141,9 +141,7 @@ class HybridStitchPipeline:
             *TEXT_ENCODERS[: len(self.tokenizers)],
             *(n for n in GLUE if n not in _OPTIONAL_GLUE or optional),
         ]
-        names += [SMALL] if plan.uses_small or plan.switch else []
-        names += [LARGE] if plan.uses_large else []
-        names.append(VAE_DECODER)
+        names += [*_transformers(plan), VAE_DECODER]
         for done, name in enumerate(names):
             on_engine(name, done, len(names))
             self.backend.engine(name)
@@ -272,6 +270,8 @@ class HybridStitchPipeline:
         self._resident.done_with_text()
         if request.output_type != "latent":
             self._resident.expect_decoder(shape.h, shape.w)
+        for name in _transformers(plan):  # loading is no part of the loop's time
+            self.backend.engine(name)
         ws = self._resident.workspace(shape)
         noise = patchify(request.noise, self.spec.patch_size)
         table = self.scheduler.table(len(plan.steps))
@@ -298,6 +298,11 @@ class HybridStitchPipeline:
             return unpatchify(tokens, shape.h, shape.w, self.spec.patch_size)
         pixels = self._resident.decoder(shape.h, shape.w)(tokens)
         return pixels.astype(np.float32) / 255 if output_type == "np" else [Image.fromarray(image) for image in pixels]
+
+
+def _transformers(plan: StitchPlan) -> list[str]:
+    """Those that a plan uses, or may use once an adaptive switch has fired."""
+    return ([SMALL] if plan.uses_small or plan.switch else []) + ([LARGE] if plan.uses_large else [])
 
 
 class _Stopwatch:

@@ -35,12 +35,13 @@ __all__ = [
     "validate",
 ]
 
-TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest error relative to the largest value of an output, by what is computed in. Integers must be equal. On a CPU, torch's
-bfloat16 departs by up to 0.04 on the demo pair; what is wrong, such as a row of another token, departs by about 1."""
+TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+"""Largest error relative to the largest value of an output, by what is computed in. Integers must be equal. Torch on a CPU
+departs on the demo pair by up to 0.002 in float16 and 0.017 in bfloat16; what is wrong, such as another token's row, by about
+1."""
 
-PIXEL_TOLERANCES = {"float32": 2, "float16": 8, "bfloat16": 24}
-"""Largest difference of a pixel, in 1/255."""
+PIXEL_TOLERANCES = {"float32": 2, "float16": 4, "bfloat16": 12}
+"""Largest difference of a pixel, in 1/255; torch on a CPU departs by 1 in float16 and 2 in bfloat16."""
 
 _CACHE = "present_"  # starts the names of outputs that are caches, updated in place
 _PROMPT = "a red apple on a blue background"

@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fake_cuda import FakeDevice, FakeTensorRT, engine_file
 
 from hst_trt.builder.build import export_bundle
+from hst_trt.builder.profiles import engine_profiles
 from hst_trt.bundle import Bundle, hash_file
 from hst_trt.pipeline import HybridStitchPipeline
-from hst_trt.plan import token_buckets
 from hst_trt.recipe import Recipe, Target
 from hst_trt.runtime.tensorrt import TensorRTBackend
 
 VERSION = "11.4.0"
 TARGET = Target(name="h100", backend="tensorrt", precision="float32", default_recipe="demo", sms=(90,))
-PINNED = (6, 8)  # token rows and columns that have pinned profiles
-Profile = Mapping[str, tuple[int, int, int]]
+PINNED = (6, 8)  # token rows and columns that have pinned profiles, for one guided image
+Ranges = list[dict[str, tuple[int, int, int]]]  # of an engine's profiles
 
 
 def make_engine_bundle(recipe: Recipe, final: Path) -> Path:
+    """Exports the graphs, and gives each an engine with the profiles that a build would give it."""
     bundle = export_bundle(recipe, TARGET, final).bundle
-    finish(bundle, list)
+    recipe = recipe.model_copy(update={"resolutions": ((16 * PINNED[0], 16 * PINNED[1]),)})
+    graphs = bundle.manifest.graphs.items()
+    finish(bundle, {name: _ranges(engine_profiles(name, g.axes, bundle.spec, recipe, TARGET)) for name, g in graphs})
     return bundle.path
 
 
-def finish(bundle: Bundle, change: Any = list, **extra: Any) -> None:
+def finish(
+    bundle: Bundle,
+    ranges: Mapping[str, Ranges] | None = None,
+    change: Callable[[Ranges], Ranges] = lambda ranges: ranges,
+    **extra: Any,
+) -> None:
     """Writes an engine for each graph and completes the manifest.
 
     Args:
-        change: what to do to each graph's profiles.
+        ranges: of each engine's profiles; those that it has, if left out.
+        change: what to do to them.
         extra: more that the engine files say.
     """
     manifest = bundle.manifest
+    ranges = ranges or {name: _ranges(engine.profiles) for name, engine in manifest.engines.items()}
     engines, files = {}, {name: entry.model_dump() for name, entry in manifest.files.items() if not name.startswith("engines/")}
     for name, graph in manifest.graphs.items():
-        ranges = change(list(profiles(name, graph.axes, manifest.limits.max_side // 16)))
         path = bundle.path / "engines" / f"{name}.engine"
         path.parent.mkdir(exist_ok=True)
         size = {"weight_bytes": 2**20 if graph.weights else 2**12}
-        path.write_bytes(engine_file(bundle.path / graph.path, ranges, VERSION, size | extra))
+        path.write_bytes(engine_file(bundle.path / graph.path, change(ranges[name]), VERSION, size | extra))
         entry = f"engines/{path.name}"
         files[entry] = {"sha256": hash_file(path), "bytes": path.stat().st_size}
-        engines[name] = {"path": entry, "profiles": [{"axes": axes} for axes in ranges], "read_back": "engine", "seconds": 0}
+        profiles = [{"axes": axes} for axes in change(ranges[name])]
+        engines[name] = {"path": entry, "profiles": profiles, "read_back": "engine", "seconds": 0}
     target = manifest.target.model_dump() | {"backend_version": VERSION, "sms": list(TARGET.sms)}
     rewrite(bundle.path, engines=engines, files=files, state="complete", target=target)
-
-
-def profiles(name: str, axes: Sequence[str], side: int) -> Iterator[Profile]:
-    """A pinned profile for each bucket of one size and one guided image, and a range."""
-    n = PINNED[0] * PINNED[1]
-    fixed = {"T": (32, 32, 32)}
-    if name == "large":
-        for count in token_buckets(n):
-            yield {"B": (2, 2, 2), "M": (count,) * 3, "N": (n, n, n)} | fixed
-    if name == "small":
-        yield {"B": (2, 2, 2), "M": (n, n, n)} | fixed
-    yield {axis: (1, n, side * side) for axis in axes} | {axis: fixed[axis] for axis in axes if axis in fixed}
 
 
 def rewrite(folder: Path, **fields: Any) -> None:
@@ -71,3 +69,7 @@ def pipeline(bundle: Path, device: FakeDevice | None = None, *, low_vram: bool =
     device = device or FakeDevice()
     opened = Bundle.open(bundle)
     return HybridStitchPipeline(opened, TensorRTBackend(opened, device, FakeTensorRT(device, **trt)), low_vram=low_vram)
+
+
+def _ranges(profiles: Any) -> Ranges:
+    return [dict(profile.axes) for profile in profiles]

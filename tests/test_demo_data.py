@@ -108,8 +108,8 @@ def test_any_prompt_becomes_tokens_in_all_three_shipped_tokenizers(prompt: str) 
 
 
 @shipped
-def test_the_shipped_directory_is_within_20_mb_and_carries_its_licence() -> None:
-    assert sum(file.stat().st_size for file in PAIR.rglob("*") if file.is_file()) <= 20_000_000
+def test_the_shipped_directory_is_within_25_mb_and_carries_its_licence() -> None:
+    assert sum(file.stat().st_size for file in PAIR.rglob("*") if file.is_file()) <= 25_000_000
     notice = (PAIR / "LICENSE.md").read_text(encoding="utf-8")
     assert "MIT License" in notice
     assert "LobeHub" in notice

@@ -39,7 +39,8 @@ from acceptance.timing import interleave  # noqa: E402
 from acceptance.torch_subjects import CompiledTransformer, torch_subject  # noqa: E402
 
 from hst_trt.errors import MissingError, NumericsError  # noqa: E402
-from hst_trt.recipe import load_target  # noqa: E402
+from hst_trt.plan import token_buckets  # noqa: E402
+from hst_trt.recipe import load_recipe, load_target  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "gpu_acceptance.py"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -79,10 +80,11 @@ def test_every_part_of_a_rehearsal_is_ok(rehearsed: dict[str, Any]) -> None:
 
 def test_a_rehearsal_compares_every_call_and_every_bucket(rehearsed: dict[str, Any]) -> None:
     facts = rehearsed["jobs"]["engines.torch"]["facts"]
-    for pair in ("tiny", "demo"):
+    demo = load_recipe("demo").defaults
+    for pair, tokens in (("tiny", 64), ("demo", demo.height * demo.width // 256)):
         for precision in ("float32", "bfloat16"):
             errors = facts[f"torch parity {pair} {precision}"]["errors"]
-            assert list(errors) == ["large", "small", *(f"large, {n} tokens" for n in (8, 16, 24, 32, 48))]
+            assert list(errors) == ["large", "small", *(f"large, {n} tokens" for n in token_buckets(tokens)[:-1])]
         assert max(facts[f"exactness {pair} float32"]["errors"].values()) < 1e-5
     bundles = rehearsed["jobs"]["engines.onnxruntime"]["facts"]
     assert {engine for engine, row in bundles["parity tiny float32"].items() if row["shapes"] == 6} >= {
@@ -431,12 +433,10 @@ def test_a_replay_that_differs_fails_its_check(demo_bundle: Path, tmp_path: Path
     assert check.reason.startswith("replayed latents differ from plain ones")
 
 
-def test_the_calls_of_a_loop_are_named_in_the_order_they_are_made(demo_bundle: Path) -> None:
-    from hst_trt.pipeline import HybridStitchPipeline
-
-    subject = bundle_subject("cpu", HybridStitchPipeline.from_bundle(demo_bundle, threads=1))
-    ws = subject.workspace(record=False)
-    _, records = run_loop(ws, make_a_plan(subject, "hybrid", 4, stages=(1, 2, 1)))
+def test_the_calls_of_a_loop_are_named_in_the_order_they_are_made() -> None:
+    shape, models = tiny_models()
+    subject = torch_subject("t", models, shape.spec, shape.grid, "cpu")
+    _, records = run_loop(subject.workspace(), make_a_plan(subject, "hybrid", 4, stages=(1, 2, 1)))
     assert calls_of(records, 64) == ["large 64", "small", "small", "large 24", "small", "large 24", "small"]
 
 
@@ -465,7 +465,8 @@ def test_compiled_blocks_give_what_the_blocks_give_and_one_compilation_serves_al
 
 
 def test_a_call_that_departs_from_the_cpu_is_named(tmp_path: Path, monkeypatch) -> None:
-    _, models = tiny_models()
+    shape, models = tiny_models()
+    reference, subject = (engines.subject_of(models, precision, "cpu", shape.grid) for precision in ("float32", "bfloat16"))
     real = engines.velocities
 
     def wrong(subject: Any) -> dict[str, np.ndarray]:
@@ -477,7 +478,7 @@ def test_a_call_that_departs_from_the_cpu_is_named(tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(engines, "velocities", wrong)
     journal = journal_at(tmp_path / "journal")
     with journal.check("parity"):
-        engines.compare_with_cpu(journal, "x", models, "bfloat16", "cpu")
+        engines.compare_with_cpu(journal, "x", subject, reference, "bfloat16")
     found = read_journal(tmp_path / "journal")
     assert found.checks["parity"].exit_code == 7
     assert found.checks["parity"].reason.endswith("found: large, 24 tokens")
@@ -517,6 +518,20 @@ def test_a_pair_with_wider_text_encoders_is_exported_and_built(tmp_path: Path) -
     assert bundle.spec == shape.spec
     image = HybridStitchPipeline.from_bundle(bundle.path, threads=1)("a red apple", seed=1, num_inference_steps=2).images[0]
     assert image.size == (64, 64)
+
+
+@pytest.mark.slow
+def test_the_engines_of_the_tiny_pair_build_without_a_gpu(tmp_path: Path, monkeypatch) -> None:
+    """With TensorRT-RTX, through the functions that build them on a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    monkeypatch.setattr(engines, "detect_target", lambda: "a100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    journal = journal_at(tmp_path / "journal")
+    path = engines.built(journal, Settings(tmp_path), "tiny", "tensorrt-rtx", "bfloat16")
+    found = read_journal(tmp_path / "journal").facts["build tiny-a100-tensorrt-rtx-bfloat16"]
+    assert found["backend"].startswith("tensorrt-rtx 1.")
+    assert found["engines"].keys() == json.loads((path / "manifest.json").read_text())["graphs"].keys()
+    assert found["engines"]["large"]["profiles"] == 7
 
 
 # -- pictures and tests --------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_single_model_schedules_draw_diffusers_pictures(reference, transformers,
     seed = arguments.pop("seed")
     reference.transformer = transformers[schedule]
     generators = [torch.Generator().manual_seed(s) for s in seed] if isinstance(seed, list) else None
-    defaults = dict(height=128, width=128, guidance_scale=3.0, max_sequence_length=16)
+    defaults = dict(height=256, width=256, guidance_scale=3.0, max_sequence_length=16)
     expected = reference(**(defaults | arguments), generator=generators or torch.Generator().manual_seed(seed)).images
     images = pipeline(**arguments, seed=seed, schedule=schedule).images
     assert len(images) == len(expected)
@@ -75,7 +75,7 @@ def test_a_torch_generator_and_given_latents_start_from_the_same_noise_as_a_seed
     draw = lambda **start: np.asarray(pipeline("a cat", num_inference_steps=2, **start).images[0]).astype(int)
     by_seed = draw(seed=4)
     assert np.abs(draw(generator=torch.Generator().manual_seed(4)) - by_seed).max() <= 1
-    np.testing.assert_array_equal(draw(latents=start_noise(4, (1, 16, 16, 16))), by_seed)
+    np.testing.assert_array_equal(draw(latents=start_noise(4, (1, 16, 32, 32))), by_seed)
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32 + 5, 2**63 - 1])
@@ -132,7 +132,7 @@ def test_callbacks_see_latents_and_may_replace_them_and_stop_the_loop(pipeline) 
     output = pipeline("a fox", num_inference_steps=6, seed=1, callback_on_step_end=callback, output_type="latent")
     assert [step for step, _, _ in seen] == [0, 1, 2]
     assert [timestep for _, timestep, _ in seen] == list(pipeline.scheduler.table(6).timesteps[:3])
-    assert seen[0][2] == (1, 16, 16, 16)
+    assert seen[0][2] == (1, 16, 32, 32)
     assert (output.images == 0).all()
 
 

@@ -1,4 +1,4 @@
-"""The child process of one part: ``python -m acceptance.child MODULE:FUNCTION JOURNAL WORK SECONDS [rehearse]``."""
+"""The child process of one job: ``python -m acceptance.child MODULE:FUNCTION JOURNAL WORK DEADLINE [rehearse]``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 from .jobs import WHOLE
@@ -15,10 +14,10 @@ from .journal import Journal
 from .settings import Settings
 
 
-def main(target: str, journal_path: str, work: str, seconds: str, *flags: str) -> int:
+def main(target: str, journal_path: str, work: str, deadline: str, *flags: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    journal = Journal(Path(journal_path), time.monotonic() + float(seconds))
+    journal = Journal(Path(journal_path), float(deadline))
     module, _, function = target.partition(":")
     with journal.check(WHOLE):
         getattr(importlib.import_module(module), function)(journal, Settings(Path(work), rehearse="rehearse" in flags))

@@ -26,11 +26,11 @@ from .journal import Journal, Skip
 from .settings import ROOT, Settings
 from .subjects import Subject, begin, make_a_plan, masked_tokens
 
-__all__ = ["built", "gpu_tests", "onnxruntime", "psnr", "target_for", "tensorrt", "tensorrt_rtx", "torch_parity"]
+__all__ = ["built", "gpu_tests", "onnxruntime", "psnr", "subject_of", "target_for", "tensorrt", "tensorrt_rtx", "torch_parity"]
 
 LEAST_PSNR = {"float32": 60.0, "float16": 40.0, "bfloat16": 30.0}
 """dB between a picture and the CPU's in float32 of the same seed, drawn by one model alone. With both transformers in torch
-on a CPU, three prompts gave 90, 60 and 48 dB at least; two different pictures have about 10."""
+on a CPU, three prompts gave 90, 60 and 46 dB at least; two different pictures have about 10."""
 
 _EXACT = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a masked call beside the full call in the same precision
 _PROMPT = "a red apple on a blue background"
@@ -199,17 +199,19 @@ def torch_parity(journal: Journal, settings: Settings) -> None:
         role: SD3Transformer2DModel.from_pretrained(DEMO_PAIR / folder, dtype=torch.float32).eval().requires_grad_(False)
         for role, folder in (("large", "transformer"), ("small", "transformer_small"))
     }
-    for pair, models in (("tiny", random), ("demo", demo)):
+    size = load_recipe("demo").defaults
+    for pair, models, grid in (("tiny", random, tiny.grid), ("demo", demo, tiny.spec.grid(size.height, size.width))):
+        reference = subject_of(models, "float32", "cpu", grid)
         for precision in ("float32", "bfloat16"):
+            subject = subject_of(models, precision, settings.torch_device, grid)
             with journal.check(f"{pair} {precision}: every call equals float32 on the CPU"):
-                compare_with_cpu(journal, f"{pair} {precision}", models, precision, settings.torch_device)
+                compare_with_cpu(journal, f"{pair} {precision}", subject, reference, precision)
             with journal.check(f"{pair} {precision}: masked calls are exact on a cache that held no number"):
-                check_exactness(journal, f"{pair} {precision}", models, precision, settings.torch_device)
+                check_exactness(journal, f"{pair} {precision}", subject, precision)
 
 
-def compare_with_cpu(journal: Journal, label: str, models: Mapping[str, Any], precision: str, device: str) -> None:
-    reference = _subject(models, "float32", "cpu")
-    subject = _subject(models, precision, device)
+def compare_with_cpu(journal: Journal, label: str, subject: Subject, reference: Subject, precision: str) -> None:
+    """Each call of `subject` beside the reference's, which computes in float32 on the CPU."""
     expected, found = velocities(reference), velocities(subject)
     errors = {name: _number(error_of(found[name], theirs)) for name, theirs in expected.items()}
     journal.fact(f"torch parity {label}", {"allowed": TOLERANCES[precision], "errors": errors})
@@ -240,9 +242,8 @@ def velocities(subject: Subject) -> dict[str, np.ndarray]:
     return found
 
 
-def check_exactness(journal: Journal, label: str, models: Mapping[str, Any], precision: str, device: str) -> None:
+def check_exactness(journal: Journal, label: str, subject: Subject, precision: str) -> None:
     """A full call on a cache of NaN gives numbers, and then a masked call the full call's, whatever its tokens."""
-    subject = _subject(models, precision, device)
     ws = subject.workspace()
     begin(ws, make_a_plan(subject, "large", 4), guidance_scale=1.0)
     ws.advance()
@@ -271,7 +272,8 @@ def _active(ws: Any, name: str, count: int) -> np.ndarray:
     return flat[: images * count * each].reshape((images, count, each) if each > 1 else (images, count))
 
 
-def _subject(models: Mapping[str, Any], precision: str, device: str) -> Subject:
+def subject_of(models: Mapping[str, Any], precision: str, device: str, grid: tuple[int, int]) -> Subject:
+    """A copy of a pair's transformers, by role, on a device and in a precision, behind the torch backend."""
     import copy
 
     import torch
@@ -293,7 +295,7 @@ def _subject(models: Mapping[str, Any], precision: str, device: str) -> Subject:
     )
     # The base class's: diffusers' own warns of layers to be kept in float32, although there are none.
     moved = {r: torch.nn.Module.to(copy.deepcopy(m), device, getattr(torch, precision)) for r, m in models.items()}
-    return torch_subject(f"torch {precision}", moved, spec, (8, 8), device)
+    return torch_subject(f"torch {precision}", moved, spec, grid, device)
 
 
 # -- the project's own tests ---------------------------------------------------------------------------------------------

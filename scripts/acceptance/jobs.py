@@ -140,8 +140,8 @@ def run_job(
         "HF_HUB_OFFLINE": "1",  # nothing here needs the network, and nothing shall wait for it
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    command = [sys.executable, "-m", "acceptance.child", job.target, str(journal), str(work), str(limit)]
-    start, size = time.monotonic(), -1
+    start, size = time.monotonic(), -1  # the same clock for all processes
+    command = [sys.executable, "-m", "acceptance.child", job.target, str(journal), str(work), str(start + limit)]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         child = subprocess.Popen(
             [*command, *(["rehearse"] if rehearse else [])],
