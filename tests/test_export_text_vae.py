@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from hst_trt.errors import IncompatibleError
+from hst_trt.export.check import check_clip, check_structure
 from hst_trt.export.graph import GraphBuilder, onnx_dtype
 from hst_trt.export.text import clip_text_graph, t5_encoder_graph
 from hst_trt.export.vae import vae_decoder_graph
@@ -425,3 +427,17 @@ def test_the_graph_holds_no_weights_itself(tmp_path: Path, save: Save, build: Bu
             assert not tensor.raw_data
         else:
             assert len(tensor.raw_data) <= 8 * TEXT_LENGTH**2  # T5's table of buckets is the largest constant
+
+
+def test_the_check_of_an_export_takes_a_half_precision_checkpoint_and_hard_linked_weights(tmp_path: Path) -> None:
+    save_clip(tmp_path / "model", torch.bfloat16)
+    config = config_of(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    home = tmp_path / "bundle"
+    home.mkdir()
+    (home / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        os.link(weights, home / weights.name)
+    clip_text_graph(config, WeightStore(home), "bfloat16", TEXT_LENGTH).save(home / "model.onnx")
+    check_structure(home / "model.onnx", "bfloat16")
+    assert check_clip(home, config | {"dtype": "bfloat16"}, TEXT_LENGTH) < 1e-4
