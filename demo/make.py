@@ -15,7 +15,7 @@ import torch
 
 from demo.assemble import assemble
 from demo.data import load_data, make_data
-from demo.errors import DemoError
+from demo.errors import DemoError, told
 from demo.packages import fetch
 from demo.preview import Preview
 from demo.scenes import Sprites
@@ -25,7 +25,7 @@ from demo.vae import make_encoder, train_decoder
 NEEDED_BYTES = 3_000_000_000
 
 
-def make(work: Path, target: Path) -> None:
+def make(work: Path, target: Path) -> int:
     work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
     if free < NEEDED_BYTES and not (work / "data").exists():
@@ -42,6 +42,7 @@ def make(work: Path, target: Path) -> None:
     del scenes
     train_decoder(work, sprites)
     print(f"{target}: {assemble(work, target):,} bytes", flush=True)
+    return 0
 
 
 def main() -> int:
@@ -52,18 +53,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        make(arguments.work, arguments.target)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {arguments.work}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error}. What was trained is kept in {arguments.work}", file=sys.stderr)
-        return 1
-    return 0
+    return told(arguments.work, lambda: make(arguments.work, arguments.target))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ installed. Only then is anything of TensorRT touched: without a driver, making i
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from .bundle import Bundle, FileEntry, Manifest, verify_files
 from .errors import IncompatibleError
 from .runtime.engine import Backend
 from .tensor_names import GLUE
-from .tensorrt_module import tensorrt_module
+from .tensorrt_module import is_installed, tensorrt_module
 
 __all__ = ["open_backend", "open_bundle", "runs_here"]
 
@@ -68,8 +67,7 @@ def runs_here(manifest: Manifest, device: int = 0) -> bool:
         return True
     from .builder.detect import detect_gpus
 
-    module = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}[target.backend]
-    if (target.os, target.arch) != _machine() or importlib.util.find_spec(module) is None:
+    if (target.os, target.arch) != _machine() or not is_installed(target.backend):
         return False
     gpus = detect_gpus()
     return device < len(gpus) and gpus[device].sm in target.sms

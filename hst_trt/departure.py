@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .builder.engine import attentions
 from .bundle import Bundle, link_or_copy
 from .errors import BuildError, MissingError
 from .tensorrt_module import TensorRTBackendName, tensorrt_module
@@ -130,10 +131,8 @@ def marked_engine(
 
     def decompose(network: Any) -> None:
         """There may be no fused kernel where a value beside an attention is kept, and there is none in float32."""
-        for layer in network:
-            if layer.type == trt.LayerType.ATTENTION_INPUT:
-                layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as an ILayer
-                layer.attention.decomposable = True
+        for attention in attentions(trt, network):
+            attention.decomposable = True
 
     own = [output.name for output in onnx.load(graph, load_external_data=False).graph.output]
     network = PostprocessNetwork(NetworkFromOnnxPath(str(graph), strongly_typed=True), decompose)

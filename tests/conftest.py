@@ -11,9 +11,14 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import hst_trt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # demo/ is a folder of scripts beside the package, not part of it
+from demo.scenes import OBJECTS, Sprites
 
 DEMO_PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
 
@@ -27,6 +32,18 @@ def _shared_folder(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]
     with (folder / ".test-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
+    """Discs of 40 grey levels in place of the emoji, which come from an npm package."""
+    folder = tmp_path_factory.mktemp("sprites")
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    for i, item in enumerate(OBJECTS):
+        pixels = np.full((32, 32, 4), 6 * i, np.uint8)
+        pixels[..., 3] = np.where(x * x + y * y < 1, 255, 0)
+        Image.fromarray(pixels).save(folder / f"{item.codepoint}.webp", lossless=True)
+    return Sprites(folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "hst_trt" / "data" / "demo_pair"
@@ -17,18 +16,6 @@ sys.path.insert(0, str(ROOT))  # demo/ is a folder of scripts beside the package
 from demo.scenes import CAPTION_WORDS, COLOURS, LANDSCAPES, MAX_WORDS, OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
 
 shipped = pytest.mark.skipif(not PAIR.is_dir(), reason="the demo pair is not in this checkout: python -m demo.assemble")
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """Discs of 40 grey levels in place of the emoji, which come from an npm package."""
-    folder = tmp_path_factory.mktemp("sprites")
-    y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    for i, item in enumerate(OBJECTS):
-        pixels = np.full((32, 32, 4), 6 * i, np.uint8)
-        pixels[..., 3] = np.where(x * x + y * y < 1, 255, 0)
-        Image.fromarray(pixels).save(folder / f"{item.codepoint}.webp", lossless=True)
-    return Sprites(folder)
 
 
 def test_the_same_seed_draws_the_same_scenes(sprites: Sprites) -> None:

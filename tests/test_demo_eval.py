@@ -583,7 +583,7 @@ def test_the_command_ends_with_a_message_and_not_a_traceback(tmp_path: Path, mon
     assert [failing(error) for error in (DemoError("no npm"), OSError(28, "No space left"), KeyboardInterrupt())] == [1, 1, 130]
     said = capsys.readouterr().err
     assert "error: no npm" in said
-    assert "No space left. What was measured is kept" in said
+    assert "No space left. What was finished is kept" in said
     assert "goes on from" in said
     monkeypatch.setattr(run, "evaluate", lambda setting: False)
     assert command.main() == 1

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 torch = pytest.importorskip("torch", reason="training the demo pair needs torch")
 pytest.importorskip("diffusers", reason="training the demo pair needs diffusers")
@@ -19,18 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # demo/ is a folde
 from demo import data, make, packages, train, vae  # noqa: E402
 from demo.errors import DemoError  # noqa: E402
 from demo.scenes import OBJECTS, Sprites, draw_scene  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory: pytest.TempPathFactory) -> Sprites:
-    """Discs of 40 grey levels in place of the emoji, which come from an npm package."""
-    folder = tmp_path_factory.mktemp("sprites")
-    y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    for i, item in enumerate(OBJECTS):
-        pixels = np.full((32, 32, 4), 6 * i, np.uint8)
-        pixels[..., 3] = np.where(x * x + y * y < 1, 255, 0)
-        Image.fromarray(pixels).save(folder / f"{item.codepoint}.webp", lossless=True)
-    return Sprites(folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from demo.errors import DemoError
+from demo.errors import told
 
 LEAST = 32
 """Prompts of the sample sheet."""
@@ -27,26 +27,20 @@ def main() -> int:
         import torch
 
         from demo.evaluate.run import Setting, evaluate
-        from hst_trt.errors import HstError
     except ModuleNotFoundError as error:
         print(f'error: {error.name} is not installed: pip install "hst_trt[eval]", or run `make demo-eval`', file=sys.stderr)
         return 1
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
+
+    def judge() -> int:
         fit = evaluate(Setting(arguments.work, arguments.out, arguments.recipe, arguments.prompts, arguments.threads))
-    except (DemoError, HstError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {arguments.work}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error}. What was measured is kept in {arguments.work}", file=sys.stderr)
-        return 1
-    if not fit:
-        print("error: the figures were written, but the classifier is not fit to judge: see the warning above", file=sys.stderr)
-    return 0 if fit else 1
+        if not fit:
+            warning = "error: the figures were written, but the classifier is not fit to judge: see the warning above"
+            print(warning, file=sys.stderr)
+        return 0 if fit else 1
+
+    return told(arguments.work, judge)
 
 
 if __name__ == "__main__":

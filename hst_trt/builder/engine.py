@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +22,7 @@ from ..errors import BuildError, HstError, ResourceError
 from ..tensorrt_module import TensorRTBackendName, tensorrt_module
 from .profiles import input_shapes
 
-__all__ = ["BuiltEngine", "Cancelled", "EngineJob", "OnStep", "build_engine"]
+__all__ = ["BuiltEngine", "Cancelled", "EngineJob", "OnStep", "attentions", "build_engine"]
 
 OnStep = Callable[[str, float], bool]  # what TensorRT does, and about what share is done; False cancels the build
 
@@ -171,13 +171,19 @@ def _parse(trt: ModuleType, network: Any, job: EngineJob, log: Any) -> None:
             for error in errors
         )
         raise BuildError(f"TensorRT cannot parse the graph of {job.name}", found=found or "\n".join(log.errors))
+    for attention in attentions(trt, network):
+        # There is no fused kernel for float32. For half precision a build without one shall fail rather than be slow.
+        attention.decomposable = attention.get_input(0).dtype == trt.float32
+
+
+def attentions(trt: ModuleType, network: Any) -> Iterator[Any]:
+    """Every IAttention of a parsed network."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             # The bindings give every layer as an ILayer; this is how they let it be seen as what it is.
             layer.__class__ = trt.IAttentionInputLayer
-            # There is no fused kernel for float32. For half precision a build without one shall fail rather than be slow.
-            layer.attention.decomposable = layer.attention.get_input(0).dtype == trt.float32
+            yield layer.attention
 
 
 def _aim(trt: ModuleType, config: Any, sms: tuple[int, ...]) -> None:

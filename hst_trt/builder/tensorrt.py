@@ -18,6 +18,7 @@ from ..disk import user_cache
 from ..errors import HstError, MissingError
 from ..recipe import Recipe, Target, departures
 from ..spec import PairSpec
+from ..tensorrt_module import EXTRAS
 from .engine import EngineJob
 from .estimate import EngineEstimate, estimate_from_manifest
 from .graphs import ENGINE_PART
@@ -133,13 +134,12 @@ def waiting(path: Path, target: Target, pair: str, missing: MissingError) -> Hst
     """
     options = [word for key, value in departures(target).items() for word in (f"--{key}", value)]
     command = shlex.join(["hst-trt", "build", "--gpu", target.name, "--pair", pair, *options, "--output", str(path.parent)])
-    extra = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}[target.backend]
     elsewise = "; to build TensorRT-RTX's engines here, add `--backend tensorrt-rtx`" if _rtx_would_do(target) else ""
     return MissingError(
         f"{target.name} needs {target.backend} engines, which cannot be built here: {missing.problem}",
         found=f"the graphs are exported and checked, and wait in {path}",
-        fix=f'on a machine with that GPU: pip install "hst_trt[{extra}]", copy the bundle there if it is another machine, '
-        f"then `{command}`{elsewise}; to draw without a GPU: `hst-trt build --gpu cpu`",
+        fix=f'on a machine with that GPU: pip install "hst_trt[{EXTRAS[target.backend]}]", copy the bundle there if it is '
+        f"another machine, then `{command}`{elsewise}; to draw without a GPU: `hst-trt build --gpu cpu`",
     )
 
 
