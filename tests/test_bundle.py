@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from conftest import Finished
 import hst_trt.bundle.staging
 from hst_trt.backends import runs_here
 from hst_trt.builder.build import build_bundle, export_bundle
+from hst_trt.builder.detect import Gpu
 from hst_trt.bundle import Bundle, Staging, hash_file, newest_bundle
 from hst_trt.errors import HstError, IncompatibleError, IntegrityError, MissingError, ResourceError
 from hst_trt.pipeline import HybridStitchPipeline
@@ -591,3 +593,25 @@ def test_a_bundle_is_usable_where_its_models_and_exporter_are_not(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = build_bundle(load_recipe(str(tiny_recipe)), load_target(CPU), final)
     assert not outcome.made
+
+
+def test_engines_are_offered_only_where_their_gpu_their_system_and_their_tensorrt_are(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Bundle.open(tiny_bundle, check_hashes=False).manifest
+    system = {"os": platform.system().lower(), "arch": platform.machine()}
+    target = entry.target.model_copy(update={"backend": "tensorrt", "sms": (90,), **system})
+
+    def offered(gpus: list[Gpu], installed: bool = True, device: int = 0, **changes: Any) -> bool:
+        monkeypatch.setattr("hst_trt.builder.detect.detect_gpus", lambda: gpus)
+        monkeypatch.setattr("hst_trt.backends.is_installed", lambda backend: installed)
+        return runs_here(entry.model_copy(update={"target": target.model_copy(update=changes)}), device)
+
+    hopper, ampere = (Gpu(name, sm, 81920, "590.1", f"GPU-{sm}") for name, sm in (("H100", 90), ("A100", 80)))
+    assert offered([hopper])
+    assert offered([ampere, hopper], device=1)
+    assert not offered([])
+    assert not offered([ampere])
+    assert not offered([hopper], device=1)
+    assert not offered([hopper], installed=False)
+    assert not offered([hopper], arch="another")
