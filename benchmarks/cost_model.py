@@ -107,7 +107,7 @@ def main() -> None:
         settings = (arguments.threads, arguments.rounds, arguments.runs)
         results = {
             "untrained pair": measure(untrained_pair(Path(folder) / "pair"), Path(folder), (256, 512), *settings),
-            "demo pair": measure(load_recipe("demo"), Path(folder), (128, 192), *settings),
+            "demo pair": measure(load_recipe("demo"), Path(folder), (256,), *settings),
         }
     machine = {
         "date": datetime.date.today().isoformat(),

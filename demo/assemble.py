@@ -1,13 +1,11 @@
 """Writes the demo pair as one directory that StableDiffusion3Pipeline.from_pretrained loads, plus `transformer_small/`.
 
 The layout is save_pretrained's own, in float16 safetensors, because everything downstream (export, parity tests, a
-user's notebook) then treats the demo pair like SD3.5. A part that is not trained yet is written with random weights, and
-said so: shapes and names can be built on before the training ends.
+user's notebook) then treats the demo pair like SD3.5.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -35,17 +33,13 @@ def load_vae(work: Path) -> AutoencoderKL:
 
 def load_transformer(work: Path, name: str) -> SD3Transformer2DModel:
     transformer = make_transformer(SHAPES[name])
-    if (work / f"{name}.pt").exists():
-        transformer.load_state_dict(load_average(work / f"{name}.pt", "transformer"))
-    else:
-        print(f"{name}: no checkpoint in {work}, written with random weights")
+    transformer.load_state_dict(load_average(work / f"{name}.pt", "transformer"))
     return transformer
 
 
 def load_text(work: Path, tokenizers: Tokenizers) -> TextEncoders:
     text = TextEncoders(tokenizers)
-    if (work / "large.pt").exists():
-        text.load_state_dict(load_average(work / "large.pt", "text"))
+    text.load_state_dict(load_average(work / "large.pt", "text"))
     return text
 
 
@@ -83,16 +77,3 @@ def assemble(work: Path, target: Path) -> int:
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
     return size
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("build/out/demo"), help="work folder with the checkpoints")
-    parser.add_argument("--target", type=Path, default=Path("hst_trt/data/demo_pair"))
-    arguments = parser.parse_args()
-    arguments.target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{arguments.target}: {assemble(arguments.out, arguments.target):,} bytes")
-
-
-if __name__ == "__main__":
-    main()

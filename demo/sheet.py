@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image, ImageDraw
 
 from demo.scenes import SIZE
@@ -60,13 +60,10 @@ def main() -> None:
     parser.add_argument("--png", type=Path, default=Path("docs/images/demo_sheet.png"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--shift", type=float, help="instead of the scheduler's own")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     pipeline = StableDiffusion3Pipeline.from_pretrained(arguments.pair)
     pipeline.set_progress_bar_config(disable=True)
-    if arguments.shift is not None:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=arguments.shift)
     prompts = arguments.prompts.read_text(encoding="utf-8").splitlines()
     rows = {}
     for name, folder in (("large", "transformer"), ("small", "transformer_small")):

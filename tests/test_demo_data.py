@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # demo/ is a folder of scripts beside the package
 
 from demo.scenes import CAPTION_WORDS, COLOURS, LANDSCAPES, MAX_WORDS, OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
 
-shipped = pytest.mark.skipif(not PAIR.is_dir(), reason="the demo pair is not in this checkout: python -m demo.assemble")
+shipped = pytest.mark.skipif(not PAIR.is_dir(), reason="the demo pair is not in this checkout: make demo-pair")
 
 
 def test_the_same_seed_draws_the_same_scenes(sprites: Sprites) -> None:
