@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .cost import CallCosts, ModelledCosts
+from .cost import FLOPS_PER_WEIGHT_BYTE, CallCosts, ModelledCosts
 from .errors import RequestError
 from .noise import start_noise
 from .plan import (
@@ -24,7 +24,6 @@ from .plan import (
     token_buckets,
     whole_number,
 )
-from .spec import PairSpec
 
 __all__ = [
     "as_latents",
@@ -53,7 +52,9 @@ def plan_request(
     correction: float = 0.0,
     adaptive: bool = False,
 ) -> tuple[StitchPlan, CallCosts]:
-    """The plan of a request on a bundle, and what calls cost there; see `hst_trt.plan.PlanRequest` for the arguments.
+    """The plan of a request on a bundle, and what calls cost there for one image with the bundle's default guidance.
+
+    See `hst_trt.plan.PlanRequest` for the arguments.
 
     Raises:
         RequestError: an argument is not usable.
@@ -77,11 +78,14 @@ def plan_request(
             switch=AdaptiveSwitch() if adaptive else None,
         )
     )
-    return plan, modelled_costs(bundle.spec, plan)
+    return plan, modelled_costs(bundle, plan, 2 if bundle.manifest.defaults.guidance_scale > 1 else 1)
 
 
-def modelled_costs(spec: PairSpec, plan: StitchPlan) -> CallCosts:
-    return ModelledCosts(spec.large, spec.small, plan.num_tokens, spec.text_length)
+def modelled_costs(bundle: Bundle, plan: StitchPlan, rows: int) -> CallCosts:
+    """What calls of `rows` transformer rows cost by the cost model."""
+    spec, target = bundle.spec, bundle.manifest.target
+    weight = FLOPS_PER_WEIGHT_BYTE.get(target.backend, 0.0) * (4 if target.precision == "float32" else 2)
+    return ModelledCosts(spec.large, spec.small, plan.num_tokens, spec.text_length, rows, weight)
 
 
 def token_grid(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:

@@ -136,7 +136,7 @@ def bench_calls(
     calls["text"] = lambda: _wall(lambda: encode_prompts(backend, spec, pipeline.tokenizers, ["a red apple", ""], [0]))
     calls["vae"] = lambda: _wall(lambda: decode_latents(backend, spec, noise[:1], shape.h, shape.w))
     seconds = _interleaved(calls, rounds, warmup)
-    return CallBench(shape.tokens, buckets, seconds, pipeline.costs(plan))
+    return CallBench(shape.tokens, buckets, seconds, pipeline.costs(plan, shape.rows))
 
 
 @dataclass(frozen=True)

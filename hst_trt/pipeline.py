@@ -125,8 +125,9 @@ class HybridStitchPipeline:
         """Token rows and columns of an image size in pixels, refused if the bundle cannot draw it."""
         return token_grid(self.bundle, height, width)
 
-    def costs(self, plan: StitchPlan) -> CallCosts:
-        return modelled_costs(self.spec, plan)
+    def costs(self, plan: StitchPlan, rows: int) -> CallCosts:
+        """What calls of `rows` transformer rows cost, by the cost model."""
+        return modelled_costs(self.bundle, plan, rows)
 
     def load(self, plan: StitchPlan, on_engine: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
         """Loads every engine that a plan uses, or with `low_vram` none: each request does.
@@ -289,7 +290,7 @@ class HybridStitchPipeline:
         with times("vae"):
             images = self._images(tokens, shape, request.output_type)
         self._resident.done_with_decoder()
-        stats = RunStats(plan.num_tokens, tuple(records), self.costs(plan), times.seconds, engine_seconds)
+        stats = RunStats(plan.num_tokens, tuple(records), self.costs(plan, shape.rows), times.seconds, engine_seconds)
         masks = {t: record.mask for t, record in enumerate(records) if record.mask is not None}
         return StitchOutput(images, stats, plan, request.seeds, masks)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from hst_trt.cost import ModelledCosts, call_flops
+from hst_trt.cost import ModelledCosts, call_flops, call_weights
 from hst_trt.errors import RequestError
 from hst_trt.models.sd3 import TokenTransformer
 from hst_trt.plan import (
@@ -242,3 +242,24 @@ def test_the_cost_model_counts_what_torchs_flop_counter_counts(name: str, share:
     # The reference module has text queries in the last block too, where the graph leaves them out: projection, attention.
     extra = 2 * spec.width**2 * text + 4 * spec.width * text * (n + text)
     assert counter.get_total_flops() - extra == pytest.approx(call_flops(spec, m, n, text), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", list(SD35))
+def test_the_cost_model_counts_the_weights_that_a_call_reads(name: str) -> None:
+    config = COMMON | SD35[name] | {"caption_projection_dim": SD35[name]["num_attention_heads"] * 64}
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(**config)
+    spec = TransformerSpec.from_config(config)
+    read = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d))
+    read -= spec.width**2  # the last block's text queries, which the graph leaves out
+    assert call_weights(spec) == read
+
+
+def test_reading_weights_weighs_most_in_short_calls_and_is_shared_by_a_batch() -> None:
+    flops = sd35_costs(256)
+    one, four = (dataclasses.replace(flops, rows=rows, flops_per_weight=48.0) for rows in (1, 4))
+    for tokens in (32, 128):
+        assert flops.large(tokens) < four.large(tokens) < one.large(tokens) < 1
+    assert one.large(32) / flops.large(32) > one.large(128) / flops.large(128)
+    assert one.large(256) == four.large(256) == 1
+    assert dataclasses.replace(one, flops_per_weight=1e12).large(32) == pytest.approx(1), "all that a call does is read"
