@@ -24,6 +24,7 @@ from .plan import (
     token_buckets,
     whole_number,
 )
+from .schedule import Solver
 
 __all__ = [
     "as_latents",
@@ -51,6 +52,7 @@ def plan_request(
     refresh_every: int | None = None,
     correction: float = 0.0,
     adaptive: bool = False,
+    solver: Solver = "euler",
 ) -> tuple[StitchPlan, CallCosts]:
     """The plan of a request on a bundle, and what calls cost there for one image with the bundle's default guidance.
 
@@ -76,6 +78,7 @@ def plan_request(
             refresh_every=None if refresh_every is None else whole_number("refresh_every", refresh_every),
             correction=correction,
             switch=AdaptiveSwitch() if adaptive else None,
+            solver=solver,
         )
     )
     return plan, modelled_costs(bundle, plan, 2 if bundle.manifest.defaults.guidance_scale > 1 else 1)

@@ -89,7 +89,7 @@ def denoise(
         mask = ws.active_mask(tokens) if keep_masks and 0 < tokens < n else None
         if step.redraw:
             drawn = _redraw(ws, plan, t + 1, tokens, None if replay is None else replay.get(t + 1))
-        ws.euler()
+        ws.integrate()
         if looks_back:
             ws.remember()
         spans.append((start, ws.mark()))

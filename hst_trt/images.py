@@ -19,8 +19,12 @@ from PIL.PngImagePlugin import PngInfo
 from .disk import translated_disk_errors
 from .errors import RequestError
 from .plan import StitchPlan
+from .schedule import Solver
 
 __all__ = ["ImageWriter", "mask_picture"]
+
+_SAMPLERS: Mapping[Solver, str] = {"euler": "Euler", "ab2": "Adams-Bashforth 2", "dpmpp-2m": "DPM++ 2M"}
+"""As image browsers know them."""
 
 
 class ImageWriter:
@@ -98,8 +102,9 @@ def _parameters(settings: Mapping[str, Any], image: Image.Image) -> str:
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    sampler = _SAMPLERS[settings["plan"]["solver"]]
     lines.append(
-        f"Steps: {settings['steps']}, Sampler: Euler, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
+        f"Steps: {settings['steps']}, Sampler: {sampler}, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
         f"Size: {image.width}x{image.height}, Model: {settings['model']}, Schedule: {settings['plan']['schedule']}"
     )
     return "\n".join(lines)

@@ -33,6 +33,7 @@ from .errors import NumericsError, RequestError, ResourceError
 from .plan import MaskRule, Schedule, StitchPlan, whole_number
 from .residency import Residency
 from .runtime.engine import Backend
+from .schedule import Solver
 from .stats import RunStats
 from .tensor_names import GLUE, LARGE, SMALL, TEXT_ENCODERS, VAE_DECODER
 from .tokenizer import PromptTokenizer
@@ -173,6 +174,7 @@ class HybridStitchPipeline:
         refresh_every: int | None = None,
         correction: float = 0.0,
         adaptive: bool = False,
+        solver: Solver = "euler",
         keep_masks: bool = False,
         on_step: Callable[[int, StepRecord], None] | None = None,
     ) -> StitchOutput:
@@ -192,7 +194,7 @@ class HybridStitchPipeline:
             callback_on_step_end: called as diffusers does, with (pipeline, step, timestep, tensors); it may return other
                 latents, and may set ``pipeline._interrupt = True`` to stop early.
             max_sequence_length: fixed by the bundle; accepted if it says the same.
-            schedule, stages, mask, refresh_every, correction, adaptive: see `plan`. mask_ratio is short for
+            schedule, stages, mask, refresh_every, correction, adaptive, solver: see `plan`. mask_ratio is short for
                 ``mask=MaskRule(ratio=...)``.
             keep_masks: return the mask of every step.
             on_step: called with the step's index and record, for progress bars.
@@ -231,7 +233,7 @@ class HybridStitchPipeline:
             mask = MaskRule(ratio=mask_ratio)
         plan = self.plan(
             schedule=schedule, num_inference_steps=num_inference_steps, height=height, width=width, stages=stages,
-            mask=mask, refresh_every=refresh_every, correction=correction, adaptive=adaptive,
+            mask=mask, refresh_every=refresh_every, correction=correction, adaptive=adaptive, solver=solver,
         )  # fmt: skip
         h, w = self.grid(height, width)
         shape = RequestShape(images, scale > 1, h, w)
@@ -275,7 +277,7 @@ class HybridStitchPipeline:
             self.backend.engine(name)
         ws = self._resident.workspace(shape)
         noise = patchify(request.noise, self.spec.patch_size)
-        table = self.scheduler.table(len(plan.steps))
+        table = self.scheduler.table(len(plan.steps), plan.solver)
         ws.begin(noise, text, table, request.guidance_scale, plan.mask, plan.correction)
         with times("denoise"):
             records = denoise(ws, plan, keep_masks=request.keep_masks, on_step_end=partial(end_step, ws))

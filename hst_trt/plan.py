@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 from .cost import CallCosts
 from .errors import RequestError
+from .schedule import Solver
 
 __all__ = [
     "BUCKET_RATIOS",
@@ -158,6 +159,7 @@ class PlanRequest:
             of more than 8 hybrid steps).
         correction: factor a step on the last known difference v_L - v_S that is added to v_S outside the mask and in
             the small stage; 0 switches it off.
+        solver: how velocities become the next latents; see `hst_trt.schedule.SOLVERS`.
     """
 
     schedule: Schedule
@@ -169,6 +171,7 @@ class PlanRequest:
     refresh_every: int | None = None
     correction: float = 0.0
     switch: AdaptiveSwitch | None = None
+    solver: Solver = "euler"
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ class StitchPlan:
     mask: MaskRule | None = None
     correction: float = 0.0
     switch: AdaptiveSwitch | None = None
+    solver: Solver = "euler"
     request: PlanRequest | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -248,11 +252,13 @@ def make_plan(request: PlanRequest) -> StitchPlan:
     """Turns a request into a plan.
 
     Raises:
-        RequestError: stages that do not add up or that the schedule does not have, an unknown schedule, a correction or
-            refresh that is out of range.
+        RequestError: stages that do not add up or that the schedule does not have, an unknown schedule or solver, a correction
+            or refresh that is out of range.
     """
     if request.schedule not in get_args(Schedule):
         raise RequestError(f"unknown schedule {request.schedule!r}", fix=f"choose one of {', '.join(get_args(Schedule))}")
+    if request.solver not in get_args(Solver):
+        raise RequestError(f"unknown solver {request.solver!r}", fix=f"choose one of {', '.join(get_args(Solver))}")
     if not (is_number(request.correction) and 0 <= request.correction <= 1):
         raise RequestError(f"correction {request.correction!r} is outside [0, 1]", fix="0 is off, 0.9 is a good start")
     if request.refresh_every is not None and request.refresh_every < 0:
@@ -279,6 +285,7 @@ def make_plan(request: PlanRequest) -> StitchPlan:
         mask=request.mask if masked else None,
         correction=request.correction if corrected else 0.0,
         switch=request.switch,
+        solver=request.solver,
         request=request,
     )
 

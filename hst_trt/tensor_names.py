@@ -22,7 +22,7 @@ GLUE = (
     "select",
     "count",
     "change",
-    "euler",
+    "integrate",
     "finite",
 )
 

@@ -60,6 +60,8 @@ class Workspace(NamedBuffers):
         layout: dict[str, tuple[tuple[int, ...], str]] = {
             "latents": ((b, n, c), "float32"),
             "next_latents": ((b, n, c), "float32"),
+            "history": ((b, n, c), "float32"),  # what the solver remembers of the step before
+            "next_history": ((b, n, c), "float32"),
             "velocity": ((b, n, c), "float32"),
             "last_velocity": ((b, n, c), "float32"),
             "sketch": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
@@ -74,7 +76,8 @@ class Workspace(NamedBuffers):
             "small_pos_ids": ((r, n), "int64"),
             "row_velocity": ((r, n, c), "float32"),
             "timesteps": ((MAX_STEPS,), "float32"),
-            "delta_sigmas": ((MAX_STEPS,), "float32"),
+            "coefficients": ((MAX_STEPS, 5), "float32"),
+            "weights": ((5,), "float32"),
             "step": ((1,), "int64"),
             "next_step": ((1,), "int64"),
             "timestep": ((r,), "float32"),
@@ -132,12 +135,13 @@ class Workspace(NamedBuffers):
         self.table = table
         self._start_anew()
         self._write("latents", latents)
-        for name, values in (("timesteps", table.timesteps), ("delta_sigmas", table.delta_sigmas)):
-            self._write(name, np.pad(values, (0, MAX_STEPS - len(values))))
+        unused = MAX_STEPS - len(table.timesteps)
+        self._write("timesteps", np.pad(table.timesteps, (0, unused)))
+        self._write("coefficients", np.pad(table.coefficients, ((0, unused), (0, 0))))
         self._write("step", np.int64(0))
         for name, values in text.items():
             self._write(name, values)
-        for name in ("difference", "scores", "age", "last_velocity", "last_sketch"):
+        for name in ("history", "difference", "scores", "age", "last_velocity", "last_sketch"):
             self._write(name, np.float32(0.0))
         mask = mask or MaskRule()
         self._write("guidance_scale", np.float32(guidance_scale))
@@ -150,15 +154,15 @@ class Workspace(NamedBuffers):
     # -- the verbs of the loop ---------------------------------------------------------------------------------------
     @verb
     def advance(self) -> None:
-        """timestep and dsigma become those of the table's next step, after `begin` those of its first."""
+        """Timestep and solver weights become those of the table's next step, after `begin` those of its first."""
         self._call(
             "advance",
             timesteps="timesteps",
-            delta_sigmas="delta_sigmas",
+            coefficients="coefficients",
             step="step",
             row_index="row_index",
             timestep="timestep",
-            delta_sigma="delta_sigma",
+            weights="weights",
             next_step="next_step",
         )
         self._copy("next_step", "step")
@@ -288,10 +292,19 @@ class Workspace(NamedBuffers):
         self._call("change", velocity="velocity", last_velocity="last_velocity", change="change")
 
     @verb
-    def euler(self) -> None:
-        """x += dsigma * v."""
-        self._call("euler", latents="latents", velocity="velocity", delta_sigma="delta_sigma", next_latents="next_latents")
+    def integrate(self) -> None:
+        """The solver's step, for Euler x += dsigma * v."""
+        self._call(
+            "integrate",
+            latents="latents",
+            velocity="velocity",
+            history="history",
+            weights="weights",
+            next_latents="next_latents",
+            next_history="next_history",
+        )
         self._copy("next_latents", "latents")
+        self._copy("next_history", "history")
 
     @verb
     def remember(self) -> None:
@@ -391,4 +404,4 @@ class Workspace(NamedBuffers):
         return self._caches if name == LARGE else []
 
 
-_NUMBERS = ("delta_sigma", "guidance_scale", "correction", "score_decay", "drift", "starvation", "threshold")
+_NUMBERS = ("guidance_scale", "correction", "score_decay", "drift", "starvation", "threshold")

@@ -60,11 +60,11 @@ class Graph:
 
 
 @pytest.fixture
-def euler(tmp_path: Path) -> Graph:
+def integrate(tmp_path: Path) -> Graph:
     """The smallest graph there is: one product and one sum."""
-    file = tmp_path / "euler.onnx"
-    entry = _graph_entry(glue_graphs()["euler"].save(file), file, [], tmp_path, 0.0)
-    return Graph("euler", file, entry, (ProfileEntry(axes={"B": (1, 1, 4), "N": (1, 64, 144), "C": (64, 64, 64)}),))
+    file = tmp_path / "integrate.onnx"
+    entry = _graph_entry(glue_graphs()["integrate"].save(file), file, [], tmp_path, 0.0)
+    return Graph("integrate", file, entry, (ProfileEntry(axes={"B": (1, 1, 4), "N": (1, 64, 144), "C": (64, 64, 64)}),))
 
 
 def transformers(folder: Path, kind: str, precision: str, **settings: object) -> list[Graph]:
@@ -173,24 +173,24 @@ def refused(job: EngineJob) -> BuildError:
     return caught.value
 
 
-def test_a_build_without_a_profile_fails_with_tensorrts_own_words(euler: Graph) -> None:
-    assert "no optimization profile has been defined" in (refused(euler.job(profiles=())).found or "")
+def test_a_build_without_a_profile_fails_with_tensorrts_own_words(integrate: Graph) -> None:
+    assert "no optimization profile has been defined" in (refused(integrate.job(profiles=())).found or "")
 
 
-def test_an_unknown_operator_is_named_with_its_node(euler: Graph) -> None:
-    model = onnx.load(euler.file)
+def test_an_unknown_operator_is_named_with_its_node(integrate: Graph) -> None:
+    model = onnx.load(integrate.file)
     model.graph.node[0].op_type = "NotAnOperator"
-    onnx.save(model, euler.file)
-    error = refused(euler.job())
+    onnx.save(model, integrate.file)
+    error = refused(integrate.job())
     assert "cannot parse" in error.problem
     assert "'Mul_1' (NotAnOperator)" in (error.found or "")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.0])
-def test_a_truncated_graph_fails(euler: Graph, keep: float) -> None:
-    content = euler.file.read_bytes()
-    euler.file.write_bytes(content[: int(keep * len(content))])
-    assert refused(euler.job()).found
+def test_a_truncated_graph_fails(integrate: Graph, keep: float) -> None:
+    content = integrate.file.read_bytes()
+    integrate.file.write_bytes(content[: int(keep * len(content))])
+    assert refused(integrate.job()).found
 
 
 def test_weights_that_are_cut_short_are_named(tmp_path: Path) -> None:
@@ -220,13 +220,13 @@ def changed(entries: tuple[TensorEntry, ...], index: int, **changes: object) -> 
     ],
 )
 def test_inputs_and_outputs_that_are_not_the_manifests_fail_the_build(
-    euler: Graph, side: str, change: dict[str, object], found: str
+    integrate: Graph, side: str, change: dict[str, object], found: str
 ) -> None:
-    entry = euler.entry.model_copy(update={side: changed(getattr(euler.entry, side), 0, **change)})
-    error = refused(euler.job(graph=entry))
+    entry = integrate.entry.model_copy(update={side: changed(getattr(integrate.entry, side), 0, **change)})
+    error = refused(integrate.job(graph=entry))
     assert "not what its graph has" in error.problem
     assert error.found == found
-    assert not euler.file.with_suffix(".engine").exists()
+    assert not integrate.file.with_suffix(".engine").exists()
 
 
 def test_half_precision_without_a_fused_attention_kernel_fails_instead_of_being_slow(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import Finished
-from test_build_engines import TARGET, Graph, euler, transformers
+from test_build_engines import TARGET, Graph, integrate, transformers
 from test_cli import interrupt_when
 
 from hst_trt.builder import worker
@@ -33,7 +33,7 @@ from hst_trt.recipe import load_recipe, load_target
 trt = pytest.importorskip("tensorrt_rtx", reason='needs TensorRT-RTX: pip install "hst_trt[rtx]"')
 
 Hst = Callable[..., Finished]
-__all__ = ["euler"]  # a fixture
+__all__ = ["integrate"]  # a fixture
 
 
 def manifest(bundle: Path) -> dict[str, Any]:
@@ -84,17 +84,17 @@ def in_child(job: EngineJob, tmp_path: Path, on_progress: Callable[[str, float],
     return build_in_child(job, tmp_path / "logs" / "engine.log", 3 * 2**30, on_progress)
 
 
-def test_an_engine_is_built_in_a_child_and_what_tensorrt_says_is_in_the_log(euler: Graph, tmp_path: Path) -> None:
-    engine = in_child(euler.job(), tmp_path)
+def test_an_engine_is_built_in_a_child_and_what_tensorrt_says_is_in_the_log(integrate: Graph, tmp_path: Path) -> None:
+    engine = in_child(integrate.job(), tmp_path)
     assert (engine.read_back, engine.activation_bytes) == ("network", None)
     assert engine.seconds > 0
-    assert euler.file.with_suffix(".engine").stat().st_size > 10_000
+    assert integrate.file.with_suffix(".engine").stat().st_size > 10_000
     assert "Engine generation completed" in (tmp_path / "logs" / "engine.log").read_text()
 
 
-def test_a_failure_in_the_child_is_the_same_error_here_and_names_the_log(euler: Graph, tmp_path: Path) -> None:
+def test_a_failure_in_the_child_is_the_same_error_here_and_names_the_log(integrate: Graph, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no optimization profile has been defined") as caught:
-        in_child(euler.job(profiles=()), tmp_path)
+        in_child(integrate.job(profiles=()), tmp_path)
     assert str(tmp_path / "logs" / "engine.log") in (caught.value.fix or "")
 
 
@@ -116,11 +116,11 @@ def test_a_child_that_crashes_is_reported_with_its_signal_and_the_end_of_its_log
 
 
 def test_a_child_that_cannot_start_is_reported_with_its_status(
-    euler: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    integrate: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker.sys, "executable", "/bin/false")
     with pytest.raises(BuildError, match="ended with exit status 1") as caught:
-        in_child(euler.job(), tmp_path)
+        in_child(integrate.job(), tmp_path)
     assert caught.value.found == "an empty log"
 
 
@@ -159,9 +159,9 @@ def test_a_child_whose_parent_is_gone_ends_by_itself(tmp_path: Path) -> None:
     assert not graph.file.with_suffix(".engine").exists()
 
 
-def test_an_engine_that_cannot_be_written_is_a_full_disk_here_too(euler: Graph, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_be_written_is_a_full_disk_here_too(integrate: Graph, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught:
-        in_child(euler.job(output="/dev/full"), tmp_path)
+        in_child(integrate.job(output="/dev/full"), tmp_path)
     assert caught.value.filename == "/dev/full"
 
 
@@ -221,18 +221,18 @@ def command_lines() -> list[bytes]:
 
 def test_only_an_engine_that_would_be_another_is_built_again(hst: Hst, tiny_recipe: Path, built: Path) -> None:
     table = manifest(built)
-    stale = table["parts"]["euler.engine"] | {"inputs": "0"}
-    rewrite(built, parts=table["parts"] | {"euler.engine": stale})
+    stale = table["parts"]["integrate.engine"] | {"inputs": "0"}
+    rewrite(built, parts=table["parts"] | {"integrate.engine": stale})
     result = hst(*command(tiny_recipe, built, "--explain"))
     assert result.code == 0, result.err
-    assert re_lines(result.err, "built: ") == ["engine euler: the builder has changed"]
+    assert re_lines(result.err, "built: ") == ["engine integrate: the builder has changed"]
     (kept,) = re_lines(result.err, "not built: ")
     assert "large" in kept
-    assert "euler" not in kept
+    assert "integrate" not in kept
     after = manifest(built)
     assert after["state"] == "complete"
-    assert {k: v for k, v in after["files"].items() if k != "engines/euler.engine"} == {
-        k: v for k, v in table["files"].items() if k != "engines/euler.engine"
+    assert {k: v for k, v in after["files"].items() if k != "engines/integrate.engine"} == {
+        k: v for k, v in table["files"].items() if k != "engines/integrate.engine"
     }
     Bundle.open(built)
 
@@ -391,11 +391,11 @@ def test_a_card_without_bfloat16_is_told_to_take_float16(monkeypatch: pytest.Mon
     assert caught.value.fix == "build with --precision float16"
 
 
-def test_one_engine_takes_every_compute_capability_of_a_target(euler: Graph, tmp_path: Path) -> None:
+def test_one_engine_takes_every_compute_capability_of_a_target(integrate: Graph, tmp_path: Path) -> None:
     sizes = []
     for sms in ((80,), (80, 86, 89, 120, 121)):
-        in_child(euler.job(sms=sms), tmp_path)
-        sizes.append(euler.file.with_suffix(".engine").stat().st_size)
+        in_child(integrate.job(sms=sms), tmp_path)
+        sizes.append(integrate.file.with_suffix(".engine").stat().st_size)
     assert sizes[1] < 1.01 * sizes[0]
 
 

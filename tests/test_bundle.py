@@ -32,7 +32,7 @@ Hst = Callable[..., Finished]
 
 ONE_OF_EACH_KIND = [
     "graphs/large/model.onnx",
-    "graphs/glue/euler.onnx",
+    "graphs/glue/integrate.onnx",
     "graphs/small/diffusion_pytorch_model.safetensors",
     "tokenizers/tokenizer_2.json",
     "scheduler.json",
@@ -310,7 +310,7 @@ def test_a_damaged_bundle_is_built_anew_and_of_an_interrupted_build_only_whole_p
         build_bundle(recipe, target, final, on_part=(first := Stop(5)))
     assert {"tokenizers", "scheduler", "glue", "text_encoder"} <= first.made
 
-    cut = staging_of(final) / "graphs" / "glue" / "euler.onnx"
+    cut = staging_of(final) / "graphs" / "glue" / "integrate.onnx"
     cut.write_bytes(cut.read_bytes()[:-3])
     flip_one_byte(staging_of(final) / "tokenizers" / "tokenizer.json")  # its length is right, as after a power cut
     (staging_of(final) / "scheduler.json").unlink()

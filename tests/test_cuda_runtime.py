@@ -473,7 +473,7 @@ def test_an_engine_that_tensorrt_cannot_load_is_refused_with_its_words(engines_c
 def test_an_engine_of_another_graph_is_refused(engines_copy: Path) -> None:
     table = json.loads((engines_copy / "manifest.json").read_text())
     engines = table["engines"]
-    rewrite(engines_copy, engines=engines | {"small": engines["small"] | {"path": engines["euler"]["path"]}})
+    rewrite(engines_copy, engines=engines | {"small": engines["small"] | {"path": engines["integrate"]["path"]}})
     text = refused(IntegrityError, 6, lambda: draw(pipeline(engines_copy), schedule="small"))
     assert "the engine small is not the one its manifest describes" in text
 

@@ -407,7 +407,7 @@ class _Drifting:
         class Recorder:
             def run(self, key: Any, body: Callable[[], None]) -> None:
                 body()
-                if any(method.__name__ == "euler" for method, _ in key):
+                if any(method.__name__ == "integrate" for method, _ in key):
                     backend.graphs.replayed += 1
                     for buffer in backend.latents:
                         backend.write(buffer, backend.read(buffer) * np.float32(1.0001))

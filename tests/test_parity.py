@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import AutoTokenizer
 
 import hst_trt
 from hst_trt.noise import start_noise, torch_randn
 from hst_trt.pipeline import HybridStitchPipeline
-from hst_trt.schedule import FlowMatchEuler
+from hst_trt.schedule import SOLVERS, FlowMatchEuler, Solver, StepTable
 from hst_trt.tokenizer import PromptTokenizer
 
 PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
@@ -93,8 +100,66 @@ def test_steps_are_those_of_diffusers_scheduler(shift: float, steps: int) -> Non
     table = FlowMatchEuler(shift).table(steps)
     np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
     np.testing.assert_array_equal(table.sigmas, scheduler.sigmas.numpy())
-    assert len(table.delta_sigmas) == steps
-    assert (table.delta_sigmas < 0).all()
+    assert (np.diff(table.sigmas) < 0).all()
+    euler = np.zeros((steps, 5), np.float32)
+    euler[:, 0], euler[:, 1] = 1, np.diff(table.sigmas)
+    np.testing.assert_array_equal(table.coefficients, euler)
+
+
+def integrated(table: StepTable, velocity: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """From sigma 1 to 0 by a step table, in float64."""
+    memory = np.zeros_like(x)
+    for sigma, (a, b, c, d, e) in zip(table.sigmas, table.coefficients.astype(np.float64), strict=False):
+        v = velocity(x, float(sigma))
+        x, memory = a * x + b * v + c * memory, d * x + e * v
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 28])
+def test_dpmpp_2m_steps_are_those_of_diffusers_scheduler(steps: int) -> None:
+    table = FlowMatchEuler(3.0).table(steps, "dpmpp-2m")
+    scheduler = DPMSolverMultistepScheduler(
+        solver_order=2,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = torch.from_numpy(table.sigmas)  # its own ramp differs from the Euler scheduler's
+    scheduler.set_begin_index(0)
+    x = noise = np.linspace(-2, 2, 9)
+
+    def velocity(x: np.ndarray, sigma: float) -> np.ndarray:
+        return np.sin(3 * x) + sigma * x
+
+    for t, sigma in zip(scheduler.timesteps, table.sigmas, strict=False):
+        v = torch.from_numpy(velocity(x, float(sigma)))
+        x = scheduler.step(v, t, torch.from_numpy(x), return_dict=False)[0].numpy()
+    np.testing.assert_allclose(integrated(table, velocity, noise), x, atol=2e-6)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ab2", 2), ("dpmpp-2m", 2)])
+def test_a_solver_has_its_order(solver: Solver, order: int) -> None:
+    """The flow that takes N(0, 1) to N(m, s) in straight lines of conditional means has a closed form: halving the steps
+    shrinks the error by 2 to the order."""
+    m, s, noise = 0.7, 0.4, np.linspace(-2, 2, 9)
+
+    def velocity(x: np.ndarray, sigma: float) -> np.ndarray:
+        spread = ((1 - sigma) * s) ** 2 + sigma**2
+        clean = m + (1 - sigma) * s**2 / spread * (x - (1 - sigma) * m)
+        return (x - clean) / max(sigma, 1e-9)
+
+    errors = [np.abs(integrated(FlowMatchEuler().table(n, solver), velocity, noise) - (m + s * noise)).max() for n in (40, 80)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+def test_every_solver_is_exact_where_the_flow_is_straight() -> None:
+    for solver in SOLVERS:
+        for steps in (1, 2, 7):
+            x = integrated(FlowMatchEuler(3.0).table(steps, solver), lambda x, sigma: np.full(3, 0.25), np.arange(3.0))
+            np.testing.assert_allclose(x, np.arange(3.0) - 0.25, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])

@@ -154,7 +154,7 @@ def test_as_json_the_figures_of_every_engine_are_one_object_even_where_one_is_no
     assert report["schema"] == "hst_trt.validate/1"
     assert report["holds"] is True
     assert report["engines"]["large"]["shapes"] == 5
-    assert report["engines"]["euler"]["tolerance"] == TOLERANCES["float32"]
+    assert report["engines"]["integrate"]["tolerance"] == TOLERANCES["float32"]
 
     perturb("correct", "velocity", lambda values: values * np.float32(np.nan))
     bad = hst("validate", "--bundle", bundle, "--json")
@@ -174,7 +174,7 @@ def test_only_the_call_that_departs_most_is_kept(bundle: Path, perturb) -> None:
 
 
 def test_glue_is_held_to_float32_whatever_the_precision_of_the_models() -> None:
-    call = Call("euler", {}, {"next_latents": np.array([1.0, 1.01], np.float32)})
+    call = Call("integrate", {}, {"next_latents": np.array([1.0, 1.01], np.float32)})
     assert not compare(call, {"next_latents": np.array([1.0, 1.0], np.float32)}, "bfloat16").holds
     same = Call("small", {}, {"velocity": call.outputs["next_latents"]})
     assert compare(same, {"velocity": np.array([1.0, 1.0], np.float32)}, "bfloat16").holds

@@ -11,6 +11,7 @@ import click
 from ..bundle import MANIFEST, SUFFIX, bundles_folder, newest_bundle
 from ..errors import MissingError, RequestError
 from ..plan import MaskRule, Schedule
+from ..schedule import Solver
 
 __all__ = ["BUNDLE", "find_bundle", "plan_arguments", "schedule_options", "size_options"]
 
@@ -55,6 +56,13 @@ _SCHEDULE = (
         show_default=True,
         help="Fade of v_L - v_S added where the small model is alone.",
     ),
+    click.option(
+        "--solver",
+        type=click.Choice(get_args(Solver)),
+        default="euler",
+        show_default=True,
+        help="How velocities become the next latents; the others are of second order.",
+    ),
     click.option("--adaptive", is_flag=True, help="End the large stage when the velocity settles (SRDiffusion's rule)."),
 )
 _SIZE = (
@@ -87,6 +95,7 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "refresh_every": options["refresh_every"],
         "correction": options["correction"],
         "adaptive": options["adaptive"],
+        "solver": options["solver"],
     }
 
 

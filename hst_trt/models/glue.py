@@ -34,11 +34,12 @@ def join_text(
     }
 
 
-def advance(timesteps: Tensor, delta_sigmas: Tensor, step: Tensor, row_index: Tensor) -> dict[str, Tensor]:
-    """What a step needs of the request's table: its timestep for every row [R], its dsigma [1], and the index after its own."""
+def advance(timesteps: Tensor, coefficients: Tensor, step: Tensor, row_index: Tensor) -> dict[str, Tensor]:
+    """What a step needs of the request's table: its timestep for every row [R], its solver's coefficients [5], and the index
+    after its own."""
     return {
         "timestep": timesteps[step].expand(len(row_index)),
-        "delta_sigma": delta_sigmas[step],
+        "weights": coefficients[step][0],
         "next_step": step + 1,
     }
 
@@ -158,9 +159,10 @@ def change(velocity: Tensor, last_velocity: Tensor) -> dict[str, Tensor]:
     return {"change": torch.tanh((velocity - last_velocity).abs().mean() / last_velocity.abs().mean())[None]}
 
 
-def euler(latents: Tensor, velocity: Tensor, delta_sigma: Tensor) -> dict[str, Tensor]:
-    """One Euler step of the rectified flow, ``x + dsigma * v``."""
-    return {"next_latents": latents + delta_sigma * velocity}
+def integrate(latents: Tensor, velocity: Tensor, history: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """One step of the solver, ``a x + b v + c h``, and what it remembers, ``d x + e v``; see `hst_trt.schedule.SOLVERS`."""
+    a, b, c, d, e = weights
+    return {"next_latents": a * latents + b * velocity + c * history, "next_history": d * latents + e * velocity}
 
 
 def finite(latents: Tensor) -> dict[str, Tensor]:
@@ -179,6 +181,6 @@ REFERENCE: dict[str, Callable[..., dict[str, Tensor]]] = {
     "select": select,
     "count": count,
     "change": change,
-    "euler": euler,
+    "integrate": integrate,
     "finite": finite,
 }
