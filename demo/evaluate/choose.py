@@ -16,8 +16,8 @@ import numpy as np
 
 from demo.evaluate.heldout import Case
 from demo.evaluate.plans import SLACK, Row, fewer, hybrids, longer, randomised, splits
-from demo.evaluate.store import read_json, write_json
 from hst_trt.bench import RunBench, bench_calls, bench_runs
+from hst_trt.compare.store import read_json, write_json
 from hst_trt.cost import CallCosts
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.plan import StitchPlan

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from demo.evaluate.choose import Choice
-from demo.evaluate.draw import Drawn
 from demo.evaluate.heldout import NAMES, Case
 from demo.evaluate.measure import FIDELITY, Measured, in_order, right
-from demo.evaluate.metrics import Kid, interval, mean_interval, wilson
 from hst_trt.bench import Sample
+from hst_trt.compare.gallery import Drawn
+from hst_trt.compare.measures import Kid, interval, mean_interval, wilson
 
 Figures = dict[str, Any]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from demo import data, scenes
-from demo.evaluate.store import digest, read_json, write_json
 from demo.scenes import OBJECTS, Scene, Sprites, draw_scene
+from hst_trt.compare.store import digest, read_json, write_json
 
 SEED = 71
 NAMES = tuple(item.name for item in OBJECTS)

@@ -9,14 +9,14 @@ import numpy as np
 
 from demo.evaluate import heldout
 from demo.evaluate.classifier import REQUIRED, Classifier, look
-from demo.evaluate.draw import Gallery
-from demo.evaluate.features import Features
 from demo.evaluate.figures import Figures, share_figure, wanted
 from demo.evaluate.heldout import Case
 from demo.evaluate.lessons import FEW, TEST_SEED, RoundTrip, make_lessons
 from demo.evaluate.measure import Measured, measure, right
 from demo.evaluate.spoil import WAYS
 from demo.scenes import Sprites
+from hst_trt.compare.features import Features
+from hst_trt.compare.gallery import Gallery
 
 
 class Judge:

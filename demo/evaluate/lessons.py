@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 
 from demo.evaluate.heldout import NAMES
 from demo.evaluate.spoil import WAYS, draw_spoiled
-from demo.evaluate.store import read_arrays, write_arrays
 from demo.scenes import SIZE, Scene, Sprites
 from demo.vae import PatchMap, to_model_space
 from hst_trt.codec import decode_latents, patchify
+from hst_trt.compare.store import read_arrays, write_arrays
 from hst_trt.pipeline import HybridStitchPipeline
 
 EDGE, CELLS = 128, 8

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from demo.evaluate.classifier import Classifier, look
-from demo.evaluate.features import Features, feature_distance
 from demo.evaluate.lessons import shrunk
-from demo.evaluate.metrics import psnr, ssim
-from demo.evaluate.store import read_arrays, write_arrays
+from hst_trt.compare.features import Features, feature_distance
+from hst_trt.compare.measures import psnr, ssim
+from hst_trt.compare.store import read_arrays, write_arrays
 
 CHUNK = 25
 """Cases of a file."""

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from demo.evaluate import report, sheets
-from demo.evaluate.draw import Gallery
 from demo.evaluate.heldout import NAMES, Case
 from demo.evaluate.measure import Measured
-from demo.evaluate.store import write_bytes, write_json
+from hst_trt.compare.gallery import Gallery
+from hst_trt.compare.store import write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = ROOT / "demo" / "notices" / "MODEL_CARD.md"

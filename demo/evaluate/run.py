@@ -11,17 +11,18 @@ from types import ModuleType
 import hst_trt
 from demo import scenes
 from demo.errors import DemoError
-from demo.evaluate import classifier, features, heldout, lessons, measure, metrics, plans, report, spoil
+from demo.evaluate import classifier, heldout, lessons, measure, plans, report, spoil
 from demo.evaluate.choose import Choice, choose
-from demo.evaluate.draw import Gallery
 from demo.evaluate.figures import summary
 from demo.evaluate.judge import Judge, fitness
 from demo.evaluate.publish import CARD, publish
-from demo.evaluate.store import digest
 from demo.packages import fetch
 from demo.scenes import SIZE, Sprites
 from hst_trt import codec, denoise, noise, plan, schedule, workspace
 from hst_trt.builder.build import build_bundle
+from hst_trt.compare import features, measures
+from hst_trt.compare.gallery import Gallery
+from hst_trt.compare.store import digest
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.recipe import PACKAGE_PREFIX, Recipe, load_recipe, load_target
 
@@ -82,7 +83,7 @@ def evaluate(setting: Setting) -> bool:
     announce(choice, len(gallery.missing(asked)))
     gallery.draw(pipeline, asked, say)
 
-    looked = _key(drawn, eyes, measure, features, metrics, *(case.prompt for case in asked + others))
+    looked = _key(drawn, eyes, measure, features, measures, *(case.prompt for case in asked + others))
     judge = Judge(kept / f"measured-{looked}", seer, network, sprites, decode)
     rows, anchors, real = judge.rows(gallery, asked), judge.anchors(asked), judge.scenes(others)
     fit = fitness([(anchors["scene"], asked), (real, others)], (anchors["decoded"], asked))

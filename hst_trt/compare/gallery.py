@@ -1,4 +1,4 @@
-"""Draws every prompt by every row, in turn, so that a machine that is slow for a while is slow for all rows.
+"""Draws every case by every row, in turn, so that a machine that is slow for a while is slow for all rows.
 
 A case's pictures lie side by side in one PNG, which carries their times: one file is one case done.
 """
@@ -11,18 +11,34 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from demo.evaluate.heldout import Case
-from demo.evaluate.plans import Row
-from demo.evaluate.store import digest, write_bytes
-from hst_trt.pipeline import HybridStitchPipeline
+from ..pipeline import HybridStitchPipeline
+from .store import digest, write_bytes
 
 REPORT_EVERY = 20.0
 """Seconds between lines of progress."""
+
+
+class Case(Protocol):
+    """A prompt, and the number that is its seed."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def prompt(self) -> str: ...
+
+
+class Row(Protocol):
+    """One way to draw."""
+
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        """Of `HybridStitchPipeline`, but for prompt and seed; `seed` is for what is random beside the start noise."""
+        ...
 
 
 @dataclass(frozen=True)

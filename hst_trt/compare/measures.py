@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 Interval = tuple[float, float]
 
@@ -35,18 +33,20 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Z. Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004, with its constants:
     an 11x11 Gaussian window of 1.5 pixels, K1 = 0.01, K2 = 0.03.
     """
-    line = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=torch.float64) / 1.5) ** 2)
+    line = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     line /= line.sum()
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(F.conv2d(x, line.view(1, 1, 11, 1)), line.view(1, 1, 1, 11))
+    def mean(x: np.ndarray) -> np.ndarray:
+        down: np.ndarray = sum(weight * x[:, k : x.shape[1] - 10 + k] for k, weight in enumerate(line))
+        across: np.ndarray = sum(weight * down[:, :, k : x.shape[2] - 10 + k] for k, weight in enumerate(line))
+        return across
 
-    x, y = (torch.from_numpy(p).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] for p in (a, b))
+    x, y = a.astype(np.float64), b.astype(np.float64)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mx, my = mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    similar = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return similar.mean((1, 2, 3)).view(len(a), -1).mean(1).numpy()
+    similar: np.ndarray = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return similar.mean((1, 2, 3))
 
 
 def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
