@@ -6,7 +6,10 @@ neither torch nor a runtime.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime 1.32 sends usage data from Linux unless told not to
 
 __version__ = "0.1.0"
 __all__ = ["HybridStitchPipeline", "MaskRule", "__version__"]

@@ -1,120 +1,430 @@
-"""The container image's rules, read from its Dockerfile: no engine is needed, and the rules cannot be forgotten."""
+"""The images' rules, checked in the Dockerfile, the compose file and their page: no engine is needed, and no rule is forgotten.
+
+A rule about the Dockerfile is a function of its text, so that it can also be shown a Dockerfile that breaks it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+from test_docs import code_lines, code_spans
 
 import hst_trt
+from hst_trt.cli.main import cli
+from hst_trt.tensorrt_module import _OLDEST, EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "hst_trt", "build/recipes", "build/targets"}
+DOCKER = ROOT / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+IMAGES = {"cpu", "runtime", "build"}
+EXPORT_ONLY = {"torch", "diffusers", "transformers", "onnx", "accelerate"}
 
 
-def read_instructions() -> list[tuple[str, str]]:
+# -- reading ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Stage:
+    """A stage with the steps of all that it stands on, the oldest first: (instruction, its arguments)."""
+
+    name: str
+    base: str
+    steps: tuple[tuple[str, str], ...]
+
+    def all(self, instruction: str) -> list[str]:
+        return [arguments for name, arguments in self.steps if name == instruction]
+
+    def last(self, instruction: str) -> str:
+        return ([""] + self.all(instruction))[-1]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(pair.split("=", 1) for line in self.all("ENV") for pair in shlex.split(line))
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
     """(instruction, its arguments) in order, with continued lines joined and comments left out."""
-    text = (ROOT / "docker" / "Dockerfile").read_text()
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ").splitlines()
     return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in joined)]
 
 
-@pytest.fixture(scope="module")
-def instructions() -> list[tuple[str, str]]:
-    return read_instructions()
+def stages(text: str) -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+    name = ""
+    for instruction, arguments in instructions(text):
+        if instruction == "FROM":
+            base, _, name = arguments.partition(" AS ")
+            found[name] = Stage(name, base, found[base].steps if base in found else ())
+        elif name:
+            found[name] = Stage(name, found[name].base, (*found[name].steps, (instruction, arguments)))
+    return found
+
+
+def build_arguments(text: str) -> dict[str, str]:
+    return dict(arguments.partition("=")[::2] for name, arguments in instructions(text) if name == "ARG")
+
+
+def filled_in(text: str, values: dict[str, str]) -> str:
+    return re.sub(r"\$\{(\w+)\}", lambda found: values[found[1]], text)
+
+
+def pins() -> dict[str, str]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions(requirements: str) -> set[str]:
+    return {canonical(re.match(r"[\w.-]+", line)[0]) for line in requirements.splitlines()}  # type: ignore[index]
 
 
 @pytest.fixture(scope="module")
-def final_stage(instructions: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    last = max(i for i, (name, _) in enumerate(instructions) if name == "FROM")
-    return instructions[last:]
+def requirement_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What the Dockerfile's own script writes: names of distributions, by file."""
+    folder = tmp_path_factory.mktemp("requirements")
+    runpy.run_path(str(DOCKER / "requirements.py"))["main"](ROOT / "pyproject.toml", folder)
+    return {path.name: distributions(path.read_text()) for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def service() -> dict:
-    return yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]["hst-trt"]
+# -- the Dockerfile --------------------------------------------------------------------------------------------------------
+Rule = Callable[[str], None]
 
 
-def arguments_of(stage: list[tuple[str, str]], name: str) -> list[str]:
-    return [rest for instruction, rest in stage if instruction == name]
+def hadolint_finds_nothing(text: str) -> None:
+    command = [str(Path(sys.executable).with_name("hadolint")), "--failure-threshold", "style", "--no-color", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_there_is_a_build_stage_and_a_runtime_stage_on_the_same_base(instructions: list[tuple[str, str]]) -> None:
-    bases = [rest.split() for rest in arguments_of(instructions, "FROM")]
-    assert [base[1:] for base in bases] == [["AS", "build"], []]
-    assert bases[0][0] == bases[1][0]
+def images_start_as_hst_trt_and_not_as_root(text: str) -> None:
+    for image in IMAGES:
+        stage = stages(text)[image]
+        user = stage.last("USER")
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), f"{image}: by number, so that a cluster can check it"
+        assert f"--uid {user.split(':')[0]} " in stage.all("RUN")[0]
+        assert [name for name, _ in stage.steps].index("USER") > max(
+            i for i, (name, _) in enumerate(stage.steps) if name == "RUN"
+        )
+        assert json.loads(stage.last("ENTRYPOINT")) == ["hst-trt"]
+        assert_parses(json.loads(stage.last("CMD")))
 
 
-def test_every_version_is_an_argument_and_none_is_latest(instructions: list[tuple[str, str]]) -> None:
-    versions = dict(rest.split("=") for rest in arguments_of(instructions, "ARG"))
-    assert set(versions) == {"PYTHON_VERSION", "DEBIAN_RELEASE", "HATCHLING_VERSION"}
-    for base in arguments_of(instructions, "FROM"):
-        image, _, tag = base.split()[0].partition(":")
-        assert "/" not in image, "a base image is named without a host"
-        assert not re.sub(r"\$\{(PYTHON_VERSION|DEBIAN_RELEASE)\}", "", tag).strip("-").replace("slim", "").strip("-")
-    assert all("latest" not in rest for _, rest in instructions)
-    assert re.fullmatch(r"3\.\d+\.\d+", versions["PYTHON_VERSION"])
+def bases_are_one_pinned_image_without_a_host(text: str) -> None:
+    known = stages(text)
+    outside = {stage.base for stage in known.values() if stage.base not in known}
+    assert len(outside) == 1
+    image = outside.pop()
+    assert image == "python:${PYTHON_VERSION}-slim-${DEBIAN_RELEASE}"
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", filled_in(image, build_arguments(text)))
 
 
-def test_what_is_installed_is_pinned(instructions: list[tuple[str, str]]) -> None:
-    installs = [step.strip() for run in arguments_of(instructions, "RUN") for step in run.split("&&") if "pip install" in step]
-    assert len(installs) == 2
+def versions_are_those_of_the_project(text: str) -> None:
+    versions = build_arguments(text)
+    assert set(versions) == {"PYTHON_VERSION", "DEBIAN_RELEASE", "TENSORRT_VERSION", "GPU_EXTRA"}
+    for name in versions:
+        assert f"${{{name}}}" in text, f"{name} is not used"
+    seen = re.search(r"CPython (\d+\.\d+)", (ROOT / "constraints.txt").read_text())
+    assert seen is not None
+    assert versions["PYTHON_VERSION"].startswith(f"{seen[1]}."), "constraints.txt was seen to work with this Python"
+    for name in ("tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu13-libs"):
+        assert pins()[name] == versions["TENSORRT_VERSION"]
+    assert tuple(map(int, versions["TENSORRT_VERSION"].split(".")[:2])) >= _OLDEST["tensorrt"]
+    assert versions["GPU_EXTRA"] == EXTRAS["tensorrt"]
+
+
+def installs_are_constrained(text: str) -> None:
+    runs = [arguments for name, arguments in instructions(text) if name == "RUN"]
+    installs = [step for run in runs for step in run.split("&&") if "install" in step and "pip" in step]
+    assert len(installs) == 5
     for step in installs:
-        assert "--constraint constraints.txt" in step or "==${" in step, step
-        assert "--no-cache-dir" in step, step
+        assert "constraints.txt" in step or "--no-deps --no-build-isolation" in step, step
+    assert not any(tool in run for run in runs for tool in ("curl", "wget", "apt-get", "git ", "http")), "pip alone fetches"
 
 
-def test_only_what_the_wheel_needs_is_copied_and_the_runtime_gets_the_environment_alone(
-    instructions: list[tuple[str, str]], final_stage: list[tuple[str, str]]
-) -> None:
-    copied = [rest.split() for rest in arguments_of(instructions, "COPY")]
-    sources = {source for words in copied if not words[0].startswith("--") for source in words[:-1]}
-    assert sources == NEEDED
-    assert all((ROOT / source).exists() for source in sources)
-    assert arguments_of(final_stage, "COPY") == ["--from=build /opt/hst_trt /opt/hst_trt"]
-    assert not arguments_of(instructions, "ADD")
+def only_the_build_image_has_what_exports(text: str) -> None:
+    for image in IMAGES:
+        named = {
+            name
+            for arguments in stages(text)[image].all("RUN")
+            for name in re.findall(r"--requirement \"?/requirements/(\S+?)\.txt", filled_in(arguments, build_arguments(text)))
+        }
+        expected = {"cpu": {"run"}, "runtime": {"run", "tensorrt"}, "build": {"run", "tensorrt", "export"}}
+        assert named == expected[image], image
 
 
-def test_the_image_runs_hst_trt_as_a_user_that_is_not_root(final_stage: list[tuple[str, str]]) -> None:
-    (user,) = arguments_of(final_stage, "USER")
-    assert all(part.isdigit() and int(part) > 0 for part in user.split(":")), "by number, so that a cluster can check it"
-    names = [name for name, _ in final_stage]
-    assert names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
-    (entry,) = arguments_of(final_stage, "ENTRYPOINT")
-    assert json.loads(entry) == ["hst-trt"]
+def stages_use_files_that_another_has_made(text: str) -> None:
+    """What a stage copies from another one, or installs, is there."""
+    for stage in stages(text).values():
+        copied = " ".join(filled_in(line, build_arguments(text)) for line in stage.all("COPY"))
+        for run in stage.all("RUN"):
+            for file in re.findall(r"(?:--requirement|--constraint) \"?(\S+\.txt)", filled_in(run, build_arguments(text))):
+                assert file in copied, f"{stage.name}: {file}"
+        for other in re.findall(r"--from=(\S+)", copied):
+            assert other in stages(text)
 
 
-def test_bundles_and_pictures_are_volumes_below_the_folder_that_hst_trt_uses(final_stage: list[tuple[str, str]]) -> None:
-    (variables,) = arguments_of(final_stage, "ENV")
-    home = dict(pair.split("=", 1) for pair in variables.split())["HST_TRT_HOME"]
-    (volumes,) = arguments_of(final_stage, "VOLUME")
-    assert json.loads(volumes) == [f"{home}/bundles", f"{home}/outputs"]
-    assert arguments_of(final_stage, "WORKDIR") == [home], "pictures go to ./outputs"
+def data_and_pictures_are_volumes_of_the_user(text: str) -> None:
+    base = stages(text)["base"]
+    assert json.loads(base.last("VOLUME")) == ["/data", "/outputs"]
+    assert base.environment["HST_TRT_HOME"] == "/data"
+    assert base.environment["XDG_CACHE_HOME"] == "/data/cache", "the hub's cache and TensorRT's"
+    assert re.search(r"install -d -o hst -g hst /data /data/bundles /data/cache /outputs$", base.all("RUN")[0])
+    assert all(stages(text)[image].last("WORKDIR") == "/" for image in IMAGES), "pictures go to ./outputs"
 
 
-def test_the_build_context_is_a_list_of_what_is_needed() -> None:
-    lines = (ROOT / ".dockerignore").read_text().splitlines()
-    rules = [line for line in lines if line and not line.startswith("#")]
+def onnx_runtime_reports_to_nobody(text: str) -> None:
+    assert stages(text)["base"].environment["ORT_DISABLE_TELEMETRY"] == "1"
+
+
+def gpu_images_ask_for_cuda_and_nvidia_smi(text: str) -> None:
+    for image in ("runtime", "build"):
+        assert stages(text)[image].environment["NVIDIA_VISIBLE_DEVICES"] == "all"
+        assert stages(text)[image].environment["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "NVIDIA_VISIBLE_DEVICES" not in stages(text)["cpu"].environment
+
+
+RULES: dict[Rule, list[tuple[str, str]]] = {  # a rule, and changes that it must notice
+    hadolint_finds_nothing: [
+        ("--constraint constraints.txt hatchling", "hatchling"),
+        (" --no-cache-dir", ""),
+        ("USER 10001:10001", "USER root"),
+        ("python:${PYTHON_VERSION}-slim-${DEBIAN_RELEASE}", "python"),
+        ("WORKDIR /src", "WORKDIR src"),
+        ("COPY hst_trt hst_trt", "ADD hst_trt hst_trt"),
+        ('CMD ["doctor"]', "CMD doctor"),
+    ],
+    images_start_as_hst_trt_and_not_as_root: [
+        ("USER 10001:10001\n", ""),
+        ("USER 10001:10001", "USER hst"),
+        ("USER 10001:10001", "USER 10002:10002"),
+        ('ENTRYPOINT ["hst-trt"]', 'ENTRYPOINT ["python"]'),
+        ('"--gpu", "auto"', '"--gpus", "all"'),
+    ],
+    bases_are_one_pinned_image_without_a_host: [
+        ("PYTHON_VERSION=3.11.15", "PYTHON_VERSION=3"),
+        ("FROM python:", "FROM registry.example/python:"),
+        ("FROM base AS package", "FROM debian:bookworm AS package"),
+    ],
+    versions_are_those_of_the_project: [
+        ("PYTHON_VERSION=3.11.15", "PYTHON_VERSION=3.13.1"),
+        ("TENSORRT_VERSION=11.4.0.106", "TENSORRT_VERSION=11.3.0.99"),
+        ("${TENSORRT_VERSION}", "11.4.0.106"),
+    ],
+    installs_are_constrained: [
+        ("--constraint /requirements/constraints.txt ", ""),
+        (" hatchling", " hatchling && curl example.org"),
+    ],
+    only_the_build_image_has_what_exports: [
+        ("FROM gpu-packages AS runtime", "FROM export-packages AS runtime"),
+        ("FROM export-packages AS build", "FROM gpu-packages AS build"),
+    ],
+    stages_use_files_that_another_has_made: [
+        ("COPY --from=requirements /requirements/export.txt /requirements/\n", ""),
+        ("--from=package", "--from=wheel"),
+    ],
+    data_and_pictures_are_volumes_of_the_user: [
+        ('VOLUME ["/data", "/outputs"]', 'VOLUME ["/data"]'),
+        ("XDG_CACHE_HOME=/data/cache", "XDG_CACHE_HOME=/cache"),
+        ("install -d -o hst -g hst", "install -d"),
+    ],
+    onnx_runtime_reports_to_nobody: [("ORT_DISABLE_TELEMETRY=1", "ORT_DISABLE_TELEMETRY=0")],
+    gpu_images_ask_for_cuda_and_nvidia_smi: [("compute,utility", "compute")],
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_dockerfile_keeps_to(rule: Rule) -> None:
+    rule(DOCKERFILE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new"), [(rule, *change) for rule, changes in RULES.items() for change in changes], ids=lambda value: ""
+)
+def test_a_dockerfile_that_breaks_a_rule_is_noticed(rule: Rule, old: str, new: str) -> None:
+    assert old in DOCKERFILE
+    with pytest.raises(AssertionError):
+        rule(DOCKERFILE.replace(old, new))
+
+
+def test_everything_that_an_image_asks_for_by_name_has_one_version(requirement_files: dict[str, set[str]]) -> None:
+    asked = {"run.txt", "export.txt", *(f"{extra}.txt" for extra in EXTRAS.values())}
+    named = set().union(*(requirement_files[file] for file in asked)) | {"hatchling"}
+    assert named <= {canonical(name) for name in pins()}
+
+
+def test_what_a_run_needs_has_nothing_of_what_an_export_needs(requirement_files: dict[str, set[str]]) -> None:
+    assert requirement_files["export.txt"] >= EXPORT_ONLY
+    for file in ("run.txt", *(f"{extra}.txt" for extra in EXTRAS.values())):
+        assert not requirement_files[file] & EXPORT_ONLY, file
+
+
+def test_the_requirement_files_say_what_pyproject_says(requirement_files: dict[str, set[str]]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert requirement_files["run.txt"] == distributions("\n".join(project["dependencies"]))
+    assert {file.removesuffix(".txt") for file in requirement_files} == {"run", *project["optional-dependencies"]}
+
+
+def test_another_tensorrt_can_be_asked_for_and_nothing_else_changes(tmp_path: Path) -> None:
+    (command,) = (run for run in stages(DOCKERFILE)["requirements"].all("RUN") if run.startswith("sed"))
+    (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env={"TENSORRT_VERSION": "10.15.1.29", "PATH": "/usr/bin:/bin"}, check=True
+    )
+    changed = set((tmp_path / "constraints.txt").read_text().split()) - set((ROOT / "constraints.txt").read_text().split())
+    assert changed == {f"tensorrt-cu13{part}==10.15.1.29" for part in ("", "-bindings", "-libs")}
+
+
+def test_the_build_context_is_what_the_dockerfile_copies() -> None:
+    copies = [arguments.split() for name, arguments in instructions(DOCKERFILE) if name == "COPY"]
+    copied = {source for words in copies if not words[0].startswith("--from=") for source in words[:-1]}
+    assert all((ROOT / source).exists() for source in copied)
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*"
-    assert {rule[1:] for rule in rules if rule.startswith("!")} == NEEDED
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
     assert rules[-1] == "**/__pycache__", "last, so that it holds below what was let in"
 
 
-def test_compose_runs_this_version_with_no_rights_it_does_not_need(service: dict) -> None:
-    assert service["image"] == f"hst-trt:{hst_trt.__version__}"
-    assert (ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]).resolve().is_file()
-    assert service["read_only"] is True
-    assert service["network_mode"] == "none"
-    assert service["cap_drop"] == ["ALL"]
-    assert "privileged" not in service
-    assert {volume.split(":")[1] for volume in service["volumes"]} == {"/data/bundles", "/data/outputs"}
+# -- Compose ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def compose() -> dict:
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 
-def test_the_documents_build_the_image_of_this_version() -> None:
-    for name in ("Dockerfile", "README.md"):
-        tags = set(re.findall(r"hst-trt:(\S+)", (ROOT / "docker" / name).read_text()))
-        assert tags == {hst_trt.__version__}, name
+def test_the_compose_file_follows_the_schema_of_compose() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        str(DOCKER / "compose.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_service_builds_an_image_of_this_version_and_runs_a_command_that_parses(compose: dict) -> None:
+    targets = {}
+    for name, service in compose["services"].items():
+        build = service["build"]
+        assert (DOCKER / build["context"] / build["dockerfile"]).resolve() == DOCKER / "Dockerfile"
+        assert_parses(service["command"])
+        targets[build["target"]] = service["image"]
+        assert "privileged" not in service, name
+    assert targets == {target: tag_of(target) for target in IMAGES}
+
+
+def test_services_have_no_rights_that_they_do_not_need(compose: dict) -> None:
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert (service["network_mode"] == "none") == (name != "build"), "only the build asks the hub"
+        assert ("secrets" in service) == (name == "build"), "only the build knows the token"
+
+
+def test_services_write_only_to_volumes_that_the_image_has(compose: dict) -> None:
+    volumes = set(json.loads(stages(DOCKERFILE)["base"].last("VOLUME")))
+    for name, service in compose["services"].items():
+        for source, path, *mode in (volume.split(":") for volume in service["volumes"]):
+            assert source in compose["volumes"]
+            assert path in volumes, name
+            assert mode == (["ro"] if (name, path) == ("run", "/data") else []), "a run does not change bundles"
+
+
+def test_the_gpus_services_reserve_one_gpu_and_do_not_start_by_themselves(compose: dict) -> None:
+    for name in ("build", "run"):
+        (device,) = compose["services"][name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "device_ids": ["${HST_GPU:-0}"], "capabilities": ["gpu"]}
+        assert compose["services"][name]["profiles"]
+    assert not {"deploy", "profiles"} & compose["services"]["cpu"].keys(), "this is what `up` starts, on any host"
+
+
+def test_the_token_is_a_file_that_the_hubs_library_is_pointed_to(compose: dict) -> None:
+    service = compose["services"]["build"]
+    (secret,) = service["secrets"]
+    assert service["environment"] == {"HF_TOKEN_PATH": f"/run/secrets/{secret}"}
+    assert compose["secrets"][secret] == {"file": "${HF_TOKEN_FILE:-/dev/null}"}
+
+
+# -- the page --------------------------------------------------------------------------------------------------------------
+def docker_lines() -> list[list[str]]:
+    documents = [line for name in ("docker/README.md", "README.md") for line in code_lines(name)]
+    comments = re.findall(r"^#\s+(docker .*)", DOCKERFILE, re.M)
+    spans = re.findall(r"`(docker .*?)`", (DOCKER / "compose.yaml").read_text())
+    lines = (re.sub(r"^(\$ )?([A-Z_]+=\S+ )*", "", line.strip()) for line in [*documents, *comments, *spans])
+    return [shlex.split(line) for line in lines if re.match(r"docker (compose|build|run) ", line)]
+
+
+def test_docker_commands_on_the_pages_name_services_images_and_commands_that_there_are(compose: dict) -> None:
+    used = set()
+    for words in docker_lines():
+        if words[1] == "compose":
+            assert words[2:4] == ["-f", "docker/compose.yaml"], words
+            subcommand, rest = words[4], [word for word in words[5:] if word != "--rm"]
+            used.add(subcommand)
+            if subcommand == "run":
+                assert rest[0] in compose["services"], words
+                assert_parses(rest[1:] or compose["services"][rest[0]]["command"])
+            elif subcommand == "cp":
+                assert rest[0].split(":")[0] in compose["services"], words
+            elif subcommand == "build":
+                assert rest[0] == "--build-arg"
+                assert rest[1].split("=")[0] in build_arguments(DOCKERFILE), words
+                assert set(rest[2:]) <= compose["services"].keys(), words
+            else:
+                assert (subcommand, rest) == ("up", []), words
+        elif words[1] == "run":
+            (at,) = (i for i, word in enumerate(words) if word.startswith("hst-trt:"))
+            assert words[at] in {tag_of(image) for image in IMAGES}, words
+            assert_parses(words[at + 1 :])
+            used.add("docker run")
+        elif "--target" in words:
+            assert tag_of(words[words.index("--target") + 1]) == words[words.index("-t") + 1], words
+            used.add("docker build")
+    assert used == {"run", "cp", "build", "up", "docker run", "docker build"}
+
+
+def test_the_page_tells_all_that_can_be_set(compose: dict) -> None:
+    spans = {word for span in code_spans("docker/README.md") for word in (span, span.partition("=")[0])}
+    variables = {"HF_TOKEN_PATH", "HST_GPU", "HF_TOKEN_FILE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
+    assert spans >= variables | set(build_arguments(DOCKERFILE)) | {"/data", "/outputs"} | {tag_of(image) for image in IMAGES}
+    assert set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text())) <= variables
+
+
+def test_versions_on_the_page_are_those_of_the_dockerfile() -> None:
+    page = (DOCKER / "README.md").read_text()
+    base = filled_in(stages(DOCKERFILE)["base"].base, build_arguments(DOCKERFILE))
+    assert set(re.findall(r"python:3[\w.-]+", page)) == {base}
+    for file in (page, DOCKERFILE, (DOCKER / "compose.yaml").read_text()):
+        assert set(re.findall(r"hst-trt:(\d[\w.]*)", file)) == {hst_trt.__version__}
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------------
+def tag_of(image: str) -> str:
+    return f"hst-trt:{hst_trt.__version__}" + ("" if image == "runtime" else f"-{image}")
+
+
+def assert_parses(words: list[str]) -> None:
+    """That `hst-trt` has this command with these options."""
+    context = cli.make_context("hst-trt", list(words))
+    try:
+        name, command, rest = cli.resolve_command(context, list(words))
+        assert command is not None
+        command.make_context(name, list(rest), parent=context)
+    except click.ClickException as exc:
+        raise AssertionError(f"{' '.join(words)}: {exc.format_message()}") from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def test_a_whole_run_loads_no_torch_and_none_of_the_exporters_libraries(demo_bun
     assert (tmp_path / "outputs" / "hst_1_000.png").is_file()
     assert "onnxruntime" in loaded
     assert not loaded & (EXPORT_ONLY | {"cuda", "tensorrt", "tensorrt_rtx"})
+
+
+def test_a_run_leaves_nothing_of_others_in_the_users_home(demo_bundle: Path, tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry would keep an identifier there."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    code = "from hst_trt.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "run", "--bundle", str(demo_bundle), "--prompt", "x", "--num-inference-steps", "1"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=kept | {"HOME": str(tmp_path)}, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", ".cache"}
+    assert {path.name for path in tmp_path.glob(".cache/*")} <= {"hst_trt"}
 
 
 def test_the_runtime_imports_neither_diffusers_nor_onnx(tmp_path: Path) -> None:
