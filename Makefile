@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs pictures bench clean
+.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration pictures bench clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,11 @@ demo-eval: setup  ## Judge the demo pair that ships, three quarters of an hour o
 
 demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
 	$(BIN)/python scripts/ship_demo_graphs.py
+
+demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, half an hour on one core; goes on where it was stopped.
+	$(BIN)/hst-trt build --gpu cpu --pair demo
+	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 240 --threads 1
+	$(BIN)/python scripts/ship_demo_graphs.py engines/demo-cpu.hstb
 
 pictures: setup  ## Draw the pictures of the README anew.
 	$(BIN)/python scripts/readme_pictures.py

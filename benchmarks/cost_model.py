@@ -24,6 +24,7 @@ from diffusers import SD3Transformer2DModel
 
 from hst_trt.bench import bench_calls, bench_runs
 from hst_trt.builder.build import build_bundle
+from hst_trt.machine import cpu_model
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.recipe import Defaults, Limits, ModelSource, Recipe, load_recipe, load_target
 from hst_trt.workspace import RequestShape
@@ -111,9 +112,7 @@ def main() -> None:
         }
     machine = {
         "date": datetime.date.today().isoformat(),
-        "cpu": next(
-            (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
-        ),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": arguments.threads,
         "os": platform.platform(),

@@ -67,8 +67,8 @@ class Shape:
 
 
 SHAPES = {
-    "large": Shape(5, 3, (), (Stage(16, 256_000, 0.3), Stage(32, 88_000, 0.7))),
-    "small": Shape(3, 2, (0, 1), (Stage(16, 256_000, 0.3), Stage(32, 96_000, 0.7))),
+    "large": Shape(5, 3, (), (Stage(16, 256_000, 0.3), Stage(32, 152_000, 0.7))),
+    "small": Shape(3, 2, (0, 1), (Stage(16, 256_000, 0.3), Stage(32, 160_000, 0.7))),
 }
 """The small one has dual attention in its first blocks, as SD3.5-Medium has."""
 

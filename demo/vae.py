@@ -23,7 +23,7 @@ from demo.scenes import SIZE, Scene, Sprites, draw_scene
 
 CHANNELS = (16, 32, 64, 96)
 CROP = 128
-DECODER_STEPS, DECODER_RATE = 1350, 3e-3
+DECODER_STEPS, DECODER_RATE = 3000, 3e-3
 LATENT_CHANNELS = 16
 SCALING_FACTOR, SHIFT_FACTOR = 1.5305, 0.0609
 """SD3's own constants: the encoder is built to need them, so code that forgets one of the two shows it."""

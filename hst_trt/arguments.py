@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import Bundle
-from .cost import FLOPS_PER_WEIGHT_BYTE, CallCosts, ModelledCosts
+from .bundle import Bundle, CostsEntry
+from .cost import FLOPS_PER_WEIGHT_BYTE, CallCosts, CallSeconds, MeasuredCosts, ModelledCosts
 from .errors import RequestError
+from .machine import Machine
 from .noise import start_noise
 from .plan import (
     AdaptiveSwitch,
@@ -25,9 +26,11 @@ from .plan import (
     whole_number,
 )
 from .schedule import Solver
+from .workspace import RequestShape
 
 __all__ = [
     "as_latents",
+    "call_costs",
     "check_prompts",
     "guidance_scale_of",
     "modelled_costs",
@@ -53,8 +56,8 @@ def plan_request(
     correction: float = 0.0,
     adaptive: bool = False,
     solver: Solver = "euler",
-) -> tuple[StitchPlan, CallCosts]:
-    """The plan of a request on a bundle, and what calls cost there for one image with the bundle's default guidance.
+) -> StitchPlan:
+    """The plan of a request on a bundle.
 
     See `hst_trt.plan.PlanRequest` for the arguments.
 
@@ -67,7 +70,7 @@ def plan_request(
     if stages is not None and not isinstance(stages, Sequence):
         raise RequestError(f"stages {stages!r} are not three numbers", fix="give (large, hybrid, small) steps")
     bundle.scheduler.table(steps)  # refuses numbers of steps it has no sigmas for
-    plan = make_plan(
+    return make_plan(
         PlanRequest(
             schedule=schedule,
             num_steps=steps,
@@ -81,14 +84,40 @@ def plan_request(
             solver=solver,
         )
     )
-    return plan, modelled_costs(bundle, plan, 2 if bundle.manifest.defaults.guidance_scale > 1 else 1)
 
 
-def modelled_costs(bundle: Bundle, plan: StitchPlan, rows: int) -> CallCosts:
-    """What calls of `rows` transformer rows cost by the cost model."""
+def call_costs(bundle: Bundle, shape: RequestShape, machine: Machine | None) -> CallCosts:
+    """What the calls of a request cost: as `hst-trt bench --save-costs` measured them, if it did so on this machine and for
+    requests of this shape, else by the cost model.
+
+    Args:
+        machine: what the bundle runs on; None if that is not known.
+    """
+    side = bundle.spec.token_side
+    if machine is not None:
+        key = (machine.name, machine.threads, shape.images, shape.guided, side * shape.h, side * shape.w)
+        buckets = token_buckets(shape.tokens, bundle.manifest.bucket_ratios)
+        for entry in bundle.manifest.costs:
+            if entry.key == key and entry.large_seconds.keys() >= set(buckets):
+                return _measured_costs(entry, shape.tokens)
+    return modelled_costs(bundle, shape)
+
+
+def _measured_costs(entry: CostsEntry, num_tokens: int) -> MeasuredCosts:
+    full = entry.large_seconds[num_tokens]
+    return MeasuredCosts(
+        {tokens: seconds / full for tokens, seconds in entry.large_seconds.items()},
+        entry.small_seconds / full,
+        f"measured on {entry.machine}, {entry.date}",
+        CallSeconds(full, entry.step_seconds, entry.text_seconds, entry.vae_seconds),
+    )
+
+
+def modelled_costs(bundle: Bundle, shape: RequestShape) -> ModelledCosts:
+    """What the calls of a request cost by the cost model."""
     spec, target = bundle.spec, bundle.manifest.target
     weight = FLOPS_PER_WEIGHT_BYTE.get(target.backend, 0.0) * (4 if target.precision == "float32" else 2)
-    return ModelledCosts(spec.large, spec.small, plan.num_tokens, spec.text_length, rows, weight)
+    return ModelledCosts(spec.large, spec.small, shape.tokens, spec.text_length, shape.rows, weight)
 
 
 def token_grid(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 from .bundle import Bundle, FileEntry, Manifest, verify_files
 from .errors import IncompatibleError
+from .machine import Machine, cpu
 from .runtime.engine import Backend
 from .tensor_names import GLUE
 from .tensorrt_module import is_installed, tensorrt_module
 
-__all__ = ["open_backend", "open_bundle", "runs_here"]
+__all__ = ["machine_here", "open_backend", "open_bundle", "runs_here"]
 
 
 def open_bundle(path: str | os.PathLike[str], on_hash: Callable[[int, int], None] | None = None) -> Bundle:
@@ -71,6 +72,16 @@ def runs_here(manifest: Manifest, device: int = 0) -> bool:
         return False
     gpus = detect_gpus()
     return device < len(gpus) and gpus[device].sm in target.sms
+
+
+def machine_here(manifest: Manifest, *, device: int = 0, threads: int = 0) -> Machine | None:
+    """What `open_backend` would run a bundle on, as far as can be told without loading anything; None without such a GPU."""
+    if manifest.target.backend == "onnxruntime":
+        return cpu(threads)
+    from .builder.detect import detect_gpus
+
+    gpus = detect_gpus()
+    return Machine(gpus[device].name) if device < len(gpus) else None
 
 
 def _check_kind(bundle: Bundle) -> None:

@@ -1,18 +1,30 @@
-"""The cost model: FLOPs of a transformer call, the weights it reads, and what it costs in units of a full large call.
+"""What calls cost in units of a full large call: by a model, from FLOPs and the weights that a call reads, or as measured.
 
-Only matrix products are counted (linear layers, QK^T, PV; one multiply-add = 2 FLOP). Checked against torch's FLOP counter
+The model counts matrix products only (linear layers, QK^T, PV; one multiply-add = 2 FLOP). Checked against torch's FLOP counter
 on the real module classes in the tests. A call also reads every weight once, however few tokens it computes; what that takes
-on a machine is `FLOPS_PER_WEIGHT_BYTE`. Whoever has measured costs puts them in the model's place (`hst_trt.bench`).
+on a machine is `FLOPS_PER_WEIGHT_BYTE`. Measured costs (`hst_trt.bench`) take the model's place, and know seconds too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .spec import TransformerSpec
 
-__all__ = ["FLOPS_PER_WEIGHT_BYTE", "CallCosts", "ModelledCosts", "call_flops", "call_weights"]
+if TYPE_CHECKING:
+    from .plan import StitchPlan
+
+__all__ = [
+    "FLOPS_PER_WEIGHT_BYTE",
+    "CallCosts",
+    "CallSeconds",
+    "MeasuredCosts",
+    "ModelledCosts",
+    "call_flops",
+    "call_weights",
+]
 
 FLOPS_PER_WEIGHT_BYTE = {"onnxruntime": 12.0}
 """By backend: FLOPs that it would do in the time that reading one byte of weights adds to a call. ONNX Runtime's on a CPU was
@@ -80,3 +92,51 @@ class ModelledCosts:
     def _work(self, spec: TransformerSpec, tokens: int) -> float:
         flops = self.rows * call_flops(spec, tokens, self.num_tokens, self.text_length)
         return flops + self.flops_per_weight * call_weights(spec)
+
+
+@dataclass(frozen=True)
+class CallSeconds:
+    """Seconds of what a request is made of, medians on one machine for one request shape.
+
+    Attributes:
+        full: a full large call.
+        step: a denoising step outside the two transformers: glue and host.
+        text: the text encoders.
+        vae: the VAE decoder, all images.
+    """
+
+    full: float
+    step: float
+    text: float
+    vae: float
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Call costs from a benchmark, in units of a full large call; a `CallCosts`.
+
+    Attributes:
+        by_tokens: of a large call, for each bucket and the full call.
+        small_cost: of a small call.
+        seconds: what `latency` needs; None where only costs were measured.
+    """
+
+    by_tokens: Mapping[int, float]
+    small_cost: float
+    source: str = "measured calls"
+    seconds: CallSeconds | None = None
+
+    def large(self, tokens: int) -> float:
+        return self.by_tokens[tokens]
+
+    def small(self) -> float:
+        return self.small_cost
+
+    def latency(self, plan: StitchPlan) -> float:
+        """Seconds from prompt to pixels by a plan: text encoders, loop, VAE decoder.
+
+        Every step is counted with the glue of a masked step (`hst_trt.bench.GLUE_STEP`), of which steps of one model need less.
+        """
+        assert self.seconds is not None, "costs without seconds say nothing of time"
+        s = self.seconds
+        return s.text + plan.cost(self) * s.full + len(plan.steps) * s.step + s.vae

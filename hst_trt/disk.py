@@ -17,8 +17,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def translated_disk_errors(folder: Path) -> Iterator[None]:
-    """Turns "no space left", "quota exceeded" and "file too large" into an error that says how much is free."""
+def translated_disk_errors(
+    folder: Path, then: str = "run the same command again; it goes on where it stopped"
+) -> Iterator[None]:
+    """Turns "no space left", "quota exceeded" and "file too large" into an error that says how much is free, and what to do
+    once there is more: `then`."""
     try:
         yield
     except OSError as exc:
@@ -33,7 +36,7 @@ def translated_disk_errors(folder: Path) -> Iterator[None]:
         raise ResourceError(
             f"the disk that holds {folder} is full",
             found=f"{free_bytes(folder) / 2**20:.0f} MiB free",
-            fix="free some space and run the same command again; it goes on where it stopped",
+            fix=f"free some space and {then}",
         ) from exc
 
 

@@ -1,4 +1,4 @@
-"""Writes pictures: PNG files that say how they were drawn, and the picture of the masks over the steps."""
+"""Pictures in files: PNGs that say how they were drawn, the picture of the masks over the steps, and real pictures to read."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from .disk import translated_disk_errors
-from .errors import RequestError
+from .errors import MissingError, RequestError
 from .plan import StitchPlan
 from .schedule import Solver
 
-__all__ = ["ImageWriter", "mask_picture"]
+__all__ = ["ImageWriter", "mask_picture", "read_pictures"]
 
 _SAMPLERS: Mapping[Solver, str] = {"euler": "Euler", "ab2": "Adams-Bashforth 2", "dpmpp-2m": "DPM++ 2M"}
 """As image browsers know them."""
@@ -135,3 +135,23 @@ def mask_picture(image: Image.Image, masks: Mapping[int, np.ndarray], plan: Stit
         text = f"step {step + 1}/{len(plan.steps)}: {int(mask[0].sum())} of {mask[0].size}"
         draw.text((x, y + size[1] + 2), text, fill=(200, 204, 214))
     return sheet
+
+
+def read_pictures(folder: Path, size: tuple[int, int]) -> np.ndarray:
+    """The pictures of a folder, by name, cut and scaled to `size` (width, height): [N, H, W, 3] uint8.
+
+    Raises:
+        MissingError: there are fewer than two; RequestError: a file that is no picture.
+    """
+    pictures = []
+    for file in sorted(file for file in folder.glob("*") if file.is_file()):
+        try:
+            with Image.open(file) as image:
+                pictures.append(np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)))
+        except (UnidentifiedImageError, OSError) as exc:
+            raise RequestError(f"{file} is not a picture", found=str(exc), fix="leave only pictures in that folder") from exc
+    if len(pictures) < 2:
+        raise MissingError(
+            f"the folder {folder} has too few pictures", found=str(len(pictures)), fix="give a folder of real pictures"
+        )
+    return np.stack(pictures)

@@ -16,9 +16,9 @@ from PIL import Image
 
 from .arguments import (
     as_latents,
+    call_costs,
     check_prompts,
     guidance_scale_of,
-    modelled_costs,
     negative_prompts,
     plan_request,
     start_latents,
@@ -120,15 +120,15 @@ class HybridStitchPipeline:
         Raises:
             RequestError: an argument is not usable.
         """
-        return plan_request(self.bundle, **arguments)[0]
+        return plan_request(self.bundle, **arguments)
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Token rows and columns of an image size in pixels, refused if the bundle cannot draw it."""
         return token_grid(self.bundle, height, width)
 
-    def costs(self, plan: StitchPlan, rows: int) -> CallCosts:
-        """What calls of `rows` transformer rows cost, by the cost model."""
-        return modelled_costs(self.bundle, plan, rows)
+    def costs(self, shape: RequestShape) -> CallCosts:
+        """What the calls of a request cost here: as measured, if the bundle has that, else by the cost model."""
+        return call_costs(self.bundle, shape, self.backend.machine)
 
     def load(self, plan: StitchPlan, on_engine: Callable[[str, int, int], None] = lambda name, done, total: None) -> None:
         """Loads every engine that a plan uses, or with `low_vram` none: each request does.
@@ -292,7 +292,7 @@ class HybridStitchPipeline:
         with times("vae"):
             images = self._images(tokens, shape, request.output_type)
         self._resident.done_with_decoder()
-        stats = RunStats(plan.num_tokens, tuple(records), self.costs(plan, shape.rows), times.seconds, engine_seconds)
+        stats = RunStats(plan.num_tokens, tuple(records), self.costs(shape), times.seconds, engine_seconds)
         masks = {t: record.mask for t, record in enumerate(records) if record.mask is not None}
         return StitchOutput(images, stats, plan, request.seeds, masks)
 

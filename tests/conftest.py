@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ import hst_trt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # demo/ is a folder of scripts beside the package, not part of it
 from demo.scenes import OBJECTS, Sprites
+
+os.environ["COLUMNS"] = "200"  # of the tables that commands print; read once, when the first command is imported
 
 DEMO_PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
 
@@ -174,7 +177,6 @@ def hst(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Finish
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HST_TRT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read long ago
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Finished:
         out, err = io.StringIO(), io.StringIO()

@@ -31,7 +31,7 @@ from demo.evaluate.publish import table  # noqa: E402
 from demo.scenes import OBJECTS, SIZE, Sprites, draw_scene  # noqa: E402
 from hst_trt.bench import MeasuredCosts, RunBench, Sample  # noqa: E402
 from hst_trt.compare import store  # noqa: E402
-from hst_trt.compare.features import Features, feature_distance  # noqa: E402
+from hst_trt.compare.features import Features  # noqa: E402
 from hst_trt.compare.gallery import Gallery  # noqa: E402
 from hst_trt.compare.measures import Kid, mean_interval, psnr, resampled, ssim, wilson  # noqa: E402
 from hst_trt.errors import MissingError  # noqa: E402
@@ -139,8 +139,8 @@ def test_features_of_equal_pictures_are_at_no_distance_and_of_others_at_some() -
     network = Features()
     pooled, maps = network(pictures(2, 64))
     assert pooled.shape == (2, 1280)
-    assert feature_distance(maps, maps) == pytest.approx(0, abs=1e-6)
-    assert (feature_distance(maps, network(pictures(2, 64, seed=1))[1]) > 0.01).all()
+    assert network.distance(maps, maps) == pytest.approx(0, abs=1e-6)
+    assert (network.distance(maps, network(pictures(2, 64, seed=1))[1]) > 0.01).all()
 
 
 def test_a_missing_package_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +432,8 @@ def test_every_picture_is_measured_once_and_fidelity_is_to_the_reference(tmp_pat
     asked = []
 
     class Eyes:
+        distance = staticmethod(Features.distance)
+
         def __call__(self, batch: np.ndarray) -> tuple[np.ndarray, list[Any]]:
             flat = torch.from_numpy(batch.reshape(len(batch), 4, 4, -1)[..., :8].astype(np.float32)).permute(0, 3, 1, 2)
             return flat.mean((2, 3)).numpy(), [flat]

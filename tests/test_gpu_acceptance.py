@@ -547,7 +547,7 @@ def test_pictures_that_differ_too_much_fail(demo_bundle: Path, tmp_path: Path, m
     other = tmp_path / "other.hstb"
     shutil.copytree(demo_bundle, other)
     table = json.loads(manifest.read_text())
-    table["defaults"]["guidance_scale"] = 6.0
+    table["defaults"]["guidance_scale"] = 15.0
     (other / "manifest.json").write_text(json.dumps(table))
     journal = journal_at(tmp_path / "journal")
     with journal.check("pictures"):

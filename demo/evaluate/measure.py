@@ -10,7 +10,7 @@ import numpy as np
 
 from demo.evaluate.classifier import Classifier, look
 from demo.evaluate.lessons import shrunk
-from hst_trt.compare.features import Features, feature_distance
+from hst_trt.compare.features import Features
 from hst_trt.compare.measures import psnr, ssim
 from hst_trt.compare.store import read_arrays, write_arrays
 
@@ -67,7 +67,7 @@ def _measured(
     for name, pixels in rows.items():
         if reference is not None and name != reference:
             wanted = rows[reference]
-            values = (psnr(pixels, wanted), ssim(pixels, wanted), feature_distance(maps[name], maps[reference]))
+            values = (psnr(pixels, wanted), ssim(pixels, wanted), features.distance(maps[name], maps[reference]))
             arrays |= {f"{name}/{key}": value for key, value in zip(FIDELITY, values, strict=True)}
     return arrays
 

@@ -7,10 +7,10 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from demo.errors import DemoError
+from hst_trt.machine import cpu_model
 
 BEGIN, END = "<!-- figures: made by make demo-eval -->", "<!-- end of figures -->"
 
@@ -34,11 +34,9 @@ LESS_IS_BETTER = ("feature distance", "kid")
 
 def machine() -> dict[str, Any]:
     """Date, processor and versions, as the other results of `benchmarks/` have them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()),
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "os": platform.platform(),
         "versions": {name: importlib.metadata.version(name) for name in ("hst_trt", "onnxruntime", "numpy", "torch")},

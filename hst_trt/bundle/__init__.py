@@ -2,6 +2,9 @@
 
 from .manifest import (
     SCHEMA_VERSION,
+    CalibratedEntry,
+    CalibrationEntry,
+    CostsEntry,
     EngineEntry,
     FileEntry,
     GraphEntry,
@@ -14,13 +17,16 @@ from .manifest import (
     TokenizerEntry,
 )
 from .reading import MANIFEST, SUFFIX, Bundle, bundles_folder, hash_file, newest_bundle, verify_files
-from .staging import Staging, fingerprint, link_or_copy, recover
+from .staging import Staging, fingerprint, link_or_copy, recover, save_calibration, save_costs
 
 __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "SUFFIX",
     "Bundle",
+    "CalibratedEntry",
+    "CalibrationEntry",
+    "CostsEntry",
     "EngineEntry",
     "FileEntry",
     "GraphEntry",
@@ -38,5 +44,7 @@ __all__ = [
     "link_or_copy",
     "newest_bundle",
     "recover",
+    "save_calibration",
+    "save_costs",
     "verify_files",
 ]

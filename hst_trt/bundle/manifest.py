@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..recipe import Defaults, Limits
+from ..schedule import Solver
 
 __all__ = [
     "SCHEMA_VERSION",
+    "CalibratedEntry",
+    "CalibrationEntry",
+    "CostsEntry",
     "EngineEntry",
     "FileEntry",
     "GraphEntry",
@@ -23,6 +27,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Entry(BaseModel):
@@ -102,6 +108,60 @@ class PartEntry(_Entry):
     files: tuple[str, ...] = ()
 
 
+class CostsEntry(_Entry):
+    """What was measured on a machine for one request shape: medians, in seconds."""
+
+    machine: str  # the CPU's name and number, or the GPU's name
+    backend_version: str
+    threads: int = Field(ge=0)  # of a call on a CPU; 0: one per physical core
+    images: int = Field(gt=0)
+    guided: bool
+    height: int = Field(gt=0)  # pixels
+    width: int = Field(gt=0)
+    date: str  # ISO 8601 day, UTC
+    large_seconds: dict[Annotated[int, Field(gt=0)], _Seconds] = Field(min_length=1)  # by the image tokens that are computed
+    small_seconds: _Seconds
+    text_seconds: _Seconds
+    vae_seconds: _Seconds
+    step_seconds: _Seconds  # of a step outside the two transformers
+
+    @property
+    def key(self) -> tuple[str, int, int, bool, int, int]:
+        """What they hold for; a bundle has one entry of each."""
+        return self.machine, self.threads, self.images, self.guided, self.height, self.width
+
+
+class CalibratedEntry(_Entry):
+    """A schedule and its distance to the converged large model: root mean square over latents, mean over prompts."""
+
+    stages: tuple[int, int, int]  # large, hybrid and small steps
+    solver: Solver
+    ratio: float = Field(ge=0, lt=1)  # of the mask; 0 without hybrid steps
+    correction: float = Field(ge=0, le=1)
+    refresh: bool  # one full large call in the middle of the hybrid steps
+    distance: float = Field(ge=0, allow_inf_nan=False)
+
+
+class CalibrationEntry(_Entry):
+    """What `hst-trt calibrate` measured for one size; it holds on every machine."""
+
+    height: int = Field(gt=0)  # pixels
+    width: int = Field(gt=0)
+    guidance_scale: float = Field(ge=0)
+    prompts: int = Field(gt=0)
+    prompts_hash: str
+    baseline_steps: int = Field(gt=0)  # large-only steps that speed-ups are over
+    converged_steps: int = Field(gt=0)  # of the large-only run that distances are to
+    date: str  # ISO 8601 day, UTC
+    schedules: tuple[CalibratedEntry, ...]
+
+    def same_as(self, other: CalibrationEntry) -> bool:
+        """Whether the two measured the same thing, so that their schedules can stand side by side."""
+        return all(
+            getattr(self, name) == getattr(other, name) for name in type(self).model_fields.keys() - {"date", "schedules"}
+        )
+
+
 class Manifest(_Entry):
     """``manifest.json``."""
 
@@ -124,4 +184,6 @@ class Manifest(_Entry):
     bucket_ratios: tuple[float, ...]
     files: dict[str, FileEntry]
     parts: dict[str, PartEntry]
+    costs: tuple[CostsEntry, ...] = ()
+    calibrations: tuple[CalibrationEntry, ...] = ()  # one a size
     fingerprint: str  # over everything that decides the content: hashes of all files, and the target

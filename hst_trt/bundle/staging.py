@@ -1,7 +1,7 @@
 """Writing a bundle: parts grow in a staging folder with a journal, and the whole is put in its place by a rename.
 
 So a reader sees the old bundle or the new one, never a part; and an interrupted build leaves its staging folder, from which
-the next one goes on.
+the next one goes on. Only what was measured is written into a bundle later, and only into its manifest.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,19 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from ..disk import FULL, translated_disk_errors
-from ..errors import IntegrityError, RequestError, ResourceError
-from .manifest import SCHEMA_VERSION, FileEntry, Manifest, TargetEntry
+from ..errors import IncompatibleError, IntegrityError, RequestError, ResourceError
+from .manifest import SCHEMA_VERSION, CalibrationEntry, CostsEntry, FileEntry, Manifest, TargetEntry
 from .reading import MANIFEST, Bundle, hash_file, verify_files
 
-__all__ = ["Staging", "fingerprint", "link_or_copy", "recover"]
+__all__ = ["Staging", "fingerprint", "link_or_copy", "recover", "save_calibration", "save_costs"]
 
 _LINK_FROM = 256 * 2**20
+_FOR_A_BUILD = ("give another folder with --output", "wait for it, or build under another --output")
+_FOR_A_MEASUREMENT = (
+    "copy the bundle to a folder that can be written, and measure the copy",
+    "wait for it, then measure again",
+)
+"""What to do where a folder cannot be written, and where another writer holds the lock."""
 
 
 class _FinishedPart(BaseModel, frozen=True, extra="forbid"):
@@ -63,7 +69,7 @@ class Staging:
             ResourceError: another build of this bundle is running, or the disk is full.
         """
         staging = cls(final)
-        with translated_disk_errors(final.parent), _locked(final):
+        with translated_disk_errors(final.parent), _locked(final, *_FOR_A_BUILD):
             _recover(final)
             staging.path.mkdir(exist_ok=True)
             staging._load()
@@ -130,7 +136,7 @@ class Staging:
                     path.rmdir()
             elif path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
-        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _write_manifest(self.path / MANIFEST, manifest)
         for path in [*self.path.rglob("*"), self.path]:
             _sync(path)
         old = self.final.parent / f".{self.final.name}.old"
@@ -143,25 +149,84 @@ class Staging:
         return Bundle(self.final, manifest)
 
 
+def save_costs(bundle: Bundle, entry: CostsEntry) -> Bundle:
+    """Writes measured costs into a bundle's manifest, in the place of those with the same `CostsEntry.key`. See `_amend`."""
+    return _amend(bundle, lambda m: {"costs": (*(c for c in m.costs if c.key != entry.key), entry)})
+
+
+def save_calibration(bundle: Bundle, entry: CalibrationEntry) -> Bundle:
+    """Writes a calibration into a bundle's manifest, in the place of the one for the same size. See `_amend`."""
+    size = (entry.height, entry.width)
+    return _amend(bundle, lambda m: {"calibrations": (*(c for c in m.calibrations if (c.height, c.width) != size), entry)})
+
+
+def _amend(bundle: Bundle, change: Callable[[Manifest], dict[str, Any]]) -> Bundle:
+    """Writes what was measured into a bundle's manifest.
+
+    The manifest is read again under the lock, so what others saved since the bundle was opened stays, and is replaced by a
+    rename; nothing else of the bundle is touched.
+
+    Args:
+        change: from the manifest to the fields that are new.
+
+    Returns:
+        The bundle as it is then.
+
+    Raises:
+        RequestError: the bundle's folder or the one around it cannot be written.
+        ResourceError: a build of this bundle is running, or the disk is full.
+        IncompatibleError: the bundle was built anew since it was opened: what was measured is another build's.
+    """
+    final, (unwritable, _) = bundle.path, _FOR_A_MEASUREMENT
+    with translated_disk_errors(final, "measure again"), _locked(final, *_FOR_A_MEASUREMENT):
+        _recover(final)
+        there = Bundle.open(final, check_hashes=False).manifest
+        if there.fingerprint != bundle.manifest.fingerprint:
+            raise IncompatibleError(
+                f"{final} was built anew while it was measured",
+                found=f"fingerprint {there.fingerprint[:16]}, measured was {bundle.manifest.fingerprint[:16]}",
+                fix="measure it again",
+            )
+        manifest = there.model_copy(update=change(there))
+        temporary = final / f".{MANIFEST}.part"
+        with _refused(final, unwritable):
+            try:
+                _write_manifest(temporary, manifest)
+                shutil.copymode(final / MANIFEST, temporary)
+                _sync(temporary)
+                temporary.replace(final / MANIFEST)
+            finally:
+                temporary.unlink(missing_ok=True)
+        _sync(final)
+    return Bundle(final, manifest)
+
+
 @contextmanager
-def _locked(final: Path) -> Iterator[None]:
-    try:
+def _locked(final: Path, unwritable: str, busy: str) -> Iterator[None]:
+    with _refused(final.parent, unwritable):
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = (final.parent / f".{final.name}.lock").open("w")
-    except OSError as exc:
-        if exc.errno in FULL:
-            raise
-        raise RequestError(
-            f"the folder {final.parent} cannot be written", found=exc.strerror, fix="give another folder with --output"
-        ) from exc
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            raise ResourceError(
-                f"another build of {final} is running", fix="wait for it, or build under another --output"
-            ) from exc
+            raise ResourceError(f"another build of {final} is running", fix=busy) from exc
         yield
+
+
+@contextmanager
+def _refused(folder: Path, fix: str) -> Iterator[None]:
+    """Turns what a folder that cannot be written says into an error; a full disk is not meant."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (*FULL, errno.EFBIG):
+            raise
+        raise RequestError(f"the folder {folder} cannot be written", found=exc.strerror, fix=fix) from exc
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    path.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def recover(final: Path) -> None:

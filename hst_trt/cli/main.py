@@ -22,8 +22,10 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "verify": ("inspect", "Check every file of a bundle against its hash."),
     "validate": ("validate", "Compare every engine of a bundle with its graph in float32."),
     "plan": ("plan", "Print a schedule as a table, with its predicted cost."),
+    "calibrate": ("calibrate", "Measure how far schedules are from the large model, once per pair."),
     "run": ("run", "Draw images."),
     "bench": ("bench", "Time calls and whole runs of a bundle."),
+    "compare": ("compare", "Draw the same prompts by many schedules: what each costs, how far it is."),
 }
 
 

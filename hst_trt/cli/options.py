@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from ..bundle import MANIFEST, SUFFIX, bundles_folder, newest_bundle
+from ..compare.rows import NamedSchedule
 from ..errors import MissingError, RequestError
 from ..plan import MaskRule, Schedule
+from ..planner.choose import Budget
 from ..schedule import Solver
 
-__all__ = ["BUNDLE", "find_bundle", "plan_arguments", "schedule_options", "size_options"]
+__all__ = [
+    "BUNDLE",
+    "PROMPTS",
+    "budget_of",
+    "budget_options",
+    "find_bundle",
+    "plan_arguments",
+    "prompts_of",
+    "schedule_options",
+    "schedules_of",
+    "size_options",
+]
 
 BUNDLE = click.option(
     "--bundle", metavar="NAME|PATH", help="Bundle to use; by default the newest that runs here, else the demo pair's."
+)
+PROMPTS = click.option(
+    "--prompts-file",
+    type=click.Path(path_type=Path),
+    help="Prompts, one a line; the number of a line, from 0, is its seed.",
 )
 
 _SCHEDULE = (
@@ -48,6 +68,7 @@ _SCHEDULE = (
         show_default=True,
         help="Score gained per step outside the mask, in mean scores.",
     ),
+    click.option("--mask-seed", type=int, help="Draw every mask at random from this seed instead: a control."),
     click.option("--refresh-every", type=int, help="A full large call every so many hybrid steps; 0 for none."),
     click.option(
         "--correction",
@@ -69,6 +90,38 @@ _SIZE = (
     click.option("--height", type=int, help="Pixels; the bundle's default if left out."),
     click.option("--width", type=int, help="Pixels; the bundle's default if left out."),
 )
+
+
+_BUDGET = (
+    click.option("--speedup", type=float, help="Choose the schedule: a loop so many times faster than the baseline's."),
+    click.option("--latency", type=float, help="Choose the schedule: so many seconds from prompt to picture."),
+)
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--speedup` and `--latency`, of which `budget_of` makes a budget."""
+    for option in reversed(_BUDGET):
+        command = option(command)
+    return command
+
+
+def budget_of(speedup: float | None, latency: float | None) -> Budget | None:
+    """The budget that a schedule is to be chosen for; None where the options themselves say what the schedule is.
+
+    Raises:
+        RequestError: both a budget and a schedule are given.
+    """
+    if speedup is None and latency is None:
+        return None
+    context = click.get_current_context()
+    names = [option.name for option in _line.params if option.name]
+    given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if given:
+        raise RequestError(
+            f"--{given[0].replace('_', '-')} says what the schedule is, and a budget chooses one",
+            fix="leave out one of the two",
+        )
+    return Budget(speedup, latency)
 
 
 def schedule_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +168,59 @@ def _mask_rule(options: dict[str, Any]) -> MaskRule:
     if options["mask_ratio"] is not None and options["mask_threshold"] is not None:
         raise RequestError("--mask-ratio and --mask-threshold are two ways to choose the mask", fix="give one of them")
     ratio = MaskRule.ratio if options["mask_ratio"] is None else options["mask_ratio"]
-    return MaskRule(ratio, options["mask_threshold"], options["mask_decay"], options["drift"], options["starvation"])
+    return MaskRule(
+        ratio, options["mask_threshold"], options["mask_decay"], options["drift"], options["starvation"], options["mask_seed"]
+    )
+
+
+@click.command(add_help_option=False)
+@schedule_options
+def _line(**options: Any) -> None:
+    """A schedule in a file of schedules."""
+
+
+def schedules_of(file: Path) -> list[NamedSchedule]:
+    """The schedules of a file: in each line a name, a colon, and the options that one would give to ``hst-trt run``.
+
+    Raises:
+        RequestError: a line that is none, or an option that does not exist; MissingError: no such file.
+    """
+    rows: list[NamedSchedule] = []
+    for number, line in enumerate(_lines(file, "schedules"), start=1):
+        name, colon, options = line.partition(":")
+        if not colon or not name.strip() or name.strip() in {row.name for row in rows}:
+            raise RequestError(
+                f"{file}: schedule {number} needs a name of its own and a colon before its options",
+                found=line,
+                fix='write lines like "fewer steps: --schedule large --num-inference-steps 11"',
+            )
+        try:
+            context = _line.make_context(name.strip(), shlex.split(options))
+        except (click.ClickException, ValueError) as exc:
+            found = exc.format_message() if isinstance(exc, click.ClickException) else str(exc)
+            raise RequestError(f"{file}: the options of {name.strip()!r} are not usable", found=found) from exc
+        settings = plan_arguments(context.params | {"height": None, "width": None})
+        rows.append(NamedSchedule(name.strip(), {key: settings[key] for key in settings.keys() - {"height", "width"}}))
+    if not rows:
+        raise RequestError(f"the schedules file {file} has no schedules", fix="write one a line: NAME: OPTIONS")
+    return rows
+
+
+def prompts_of(file: Path | None) -> list[str]:
+    """The prompts of a file, one a line; empty lines and those that begin with # are none."""
+    if file is None:
+        raise RequestError("prompts are needed", fix="give --prompts-file, a file with one prompt a line")
+    if prompts := _lines(file, "prompts"):
+        return prompts
+    raise RequestError(f"the prompts file {file} has no prompts", fix="write one prompt a line")
+
+
+def _lines(file: Path, what: str) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise MissingError(f"the {what} file {file} cannot be read", found=str(exc)) from exc
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def find_bundle(name: str | None, device: int = 0) -> Path:

@@ -11,9 +11,18 @@ import click
 from rich.progress import TaskID
 
 from ..denoise import StepRecord
-from ..errors import MissingError, RequestError
+from ..errors import RequestError
 from .console import bars, messages, print_json, tables
-from .options import BUNDLE, find_bundle, plan_arguments, schedule_options, size_options
+from .options import (
+    BUNDLE,
+    budget_of,
+    budget_options,
+    find_bundle,
+    plan_arguments,
+    prompts_of,
+    schedule_options,
+    size_options,
+)
 
 if TYPE_CHECKING:
     from ..pipeline import HybridStitchPipeline, StitchOutput
@@ -29,6 +38,7 @@ __all__ = ["run"]
     help="One prompt a line, drawn one after another; # starts a comment.",
 )
 @BUNDLE
+@budget_options
 @schedule_options
 @size_options
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; off at 1 and below.")
@@ -52,6 +62,8 @@ def run(
     prompt: str | None,
     prompts_file: Path | None,
     bundle: str | None,
+    speedup: float | None,
+    latency: float | None,
     guidance_scale: float | None,
     negative_prompt: str | None,
     seed: int | None,
@@ -72,10 +84,11 @@ def run(
     hst-trt run --prompt "a penguin on the sea" --seed 7 --schedule hybrid --save-masks
     """
     prompts = _prompts(prompt, prompts_file)
-    arguments = plan_arguments(schedule)
+    arguments, budget = plan_arguments(schedule), budget_of(speedup, latency)
 
     from ..images import ImageWriter, mask_picture
     from ..pipeline import HybridStitchPipeline
+    from ..planner.choose import choose
 
     started = time.perf_counter()
     writer = ImageWriter(output_dir, overwrite=overwrite)
@@ -90,6 +103,12 @@ def run(
         pipeline = HybridStitchPipeline.from_bundle(
             find_bundle(bundle, device), device=device, low_vram=low_vram, threads=threads, on_hash=on_hash
         )
+        if budget is not None:
+            best = choose(
+                pipeline.bundle, budget, pipeline.backend.machine, height=arguments["height"], width=arguments["width"]
+            ).best
+            messages.print(f"for {budget}: {best.options} ({best.speedup:.2f}x predicted); `hst-trt plan` says more")
+            arguments |= best.point.settings
         plan = pipeline.plan(**arguments)
         pipeline.load(plan, lambda name, done, total: progress.update(loading, completed=done, total=total, note=name))
         loaded = time.perf_counter() - started
@@ -139,15 +158,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         )
     if prompt is not None:
         return [prompt]
-    assert file is not None
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise MissingError(f"the prompts file {file} cannot be read", found=str(exc)) from exc
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise RequestError(f"the prompts file {file} has no prompts", fix="write one prompt a line")
-    return prompts
+    return prompts_of(file)
 
 
 def _settings(
@@ -194,7 +205,7 @@ def _print_stats(result: dict[str, Any], loaded: float) -> None:
     outside = "" if result["overhead"] is None else f" · outside the transformers {result['overhead']:.1%} of the loop"
     tables.print(
         f"large model's compute saved {result['large_compute_saved']:.0%} · with the small model's, the loop is predicted "
-        f"{result['modelled_speedup']:.2f}x as fast as large-only by {source}; `hst-trt bench` measures it\n"
+        f"{result['modelled_speedup']:.2f}x as fast as large-only; costs: {source}; `hst-trt bench` measures it\n"
         f"load {loaded:.2f} s · text {seconds['text']:.3f} s · denoise {seconds['denoise']:.3f} s · "
         f"VAE {seconds['vae']:.3f} s{outside}"
     )

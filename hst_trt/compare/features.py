@@ -53,8 +53,9 @@ class Features:
         pooled = network._swish(network._bn1(network._conv_head(x))).mean((2, 3))
         return pooled.numpy(), maps
 
-
-def feature_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> np.ndarray:
-    """[B], 0 for equal pictures: squared distance of the middle maps, mean over positions, sum over the three."""
-    distance: np.ndarray = torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in zip(a, b, strict=True)]).sum(0).numpy()
-    return distance
+    @staticmethod
+    def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> np.ndarray:
+        """[B], 0 for equal pictures: squared distance of the middle maps, mean over positions, sum over the three."""
+        parts = torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in zip(a, b, strict=True)])
+        distance: np.ndarray = parts.sum(0).numpy()
+        return distance

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..machine import Machine
+
 __all__ = ["Backend", "Buffer", "Engine", "PreparedCall", "Recorder", "TensorInfo"]
 
 
@@ -70,6 +72,15 @@ class Recorder(Protocol):
 
 class Backend(Protocol):
     """Makes buffers and loads engines. `Buffer` is opaque: only the backend that made one looks inside."""
+
+    @property
+    def machine(self) -> Machine:
+        """What computes."""
+        ...
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device's own memory that are free and that there are; None where buffers are in the host's."""
+        ...
 
     def engine(self, name: str) -> Engine:
         """The engine of that name (`hst_trt.tensor_names`), loaded on first use and kept."""

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..errors import BuildError, ResourceError
+from ..machine import cpu
 from ..tensor_names import GLUE
 from .engine import TensorInfo
 
@@ -83,6 +84,7 @@ class OnnxRuntimeBackend:
     """
 
     def __init__(self, graphs: Mapping[str, Path], threads: int = 0) -> None:
+        self.machine = cpu(threads)
         self._graphs = dict(graphs)
         self._threads = threads
         self._engines: dict[str, OnnxEngine] = {}
@@ -110,6 +112,9 @@ class OnnxRuntimeBackend:
             return ort.InferenceSession(str(self._graphs[name]), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions share no base of their own
             raise _translated(exc, name) from exc
+
+    def memory(self) -> None:
+        """Buffers are in the host's memory."""
 
     # -- buffers -----------------------------------------------------------------------------------------------------
     def empty(self, shape: Sequence[int], dtype: str) -> HostBuffer:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..bundle import Bundle, FileEntry
 from ..errors import IncompatibleError, IntegrityError, ResourceError
+from ..machine import Machine
 from .cuda import CudaDevice, Event, Memory, out_of_memory
 from .device_buffer import DeviceBuffer, host_dtype
 from .graphs import GraphCache, GraphCounters
@@ -54,6 +55,7 @@ class TensorRTBackend:
     def __init__(self, bundle: Bundle, device: CudaDevice, trt: ModuleType) -> None:
         _check_fits(bundle, device, trt)
         self.device = device
+        self.machine = Machine(device.name)
         self.graphs = GraphCounters()
         self._bundle, self._trt = bundle, trt
         self._errors = ErrorLog()
@@ -102,6 +104,10 @@ class TensorRTBackend:
             )
         graph = manifest.graphs[name]
         return TensorRTEngine(name, graph, entry, engine, self._trt, self.device, self._arena, self._errors, self._configure)
+
+    def memory(self) -> tuple[int, int]:
+        self.device.activate()
+        return self.device.memory()
 
     # -- buffers -------------------------------------------------------------------------------------------------------
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceBuffer:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..machine import Machine
 from .engine import TensorInfo
 from .graphs import CaptureError, GraphCache, GraphCounters
 
@@ -87,6 +88,7 @@ class TorchBackend:
 
     def __init__(self, engines: Mapping[str, TorchEngine], device: str = "cpu") -> None:
         self._device = torch.device(device)
+        self.machine = Machine(f"torch on {device}")  # by another name: what it takes says nothing of a bundle's engines
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -115,6 +117,9 @@ class TorchBackend:
             torch.cuda.set_stream(before)  # which torch does not go back to if the capture could not be ended
             raise CaptureError(str(exc).splitlines()[0]) from exc
         return _TorchGraph(graph, self._stream)
+
+    def memory(self) -> tuple[int, int] | None:
+        return None if self._stream is None else torch.cuda.mem_get_info(self._device)
 
     # -- buffers -----------------------------------------------------------------------------------------------------
     def empty(self, shape: Sequence[int], dtype: str) -> Tensor:

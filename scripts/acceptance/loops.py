@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hst_trt.bench import MeasuredCosts
+from hst_trt.cost import MeasuredCosts
 from hst_trt.errors import NumericsError
 from hst_trt.plan import MaskRule, StitchPlan
 from hst_trt.workspace import Workspace

@@ -1,0 +1,86 @@
+"""``hst-trt calibrate``: measures once per pair how far many schedules are from the large model, for `plan --speedup`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import RequestError
+from .console import bars, print_json, tables
+from .options import BUNDLE, PROMPTS, find_bundle, prompts_of, size_options
+
+__all__ = ["calibrate"]
+
+LEAST_PROMPTS = 4
+
+
+@click.command()
+@BUNDLE
+@PROMPTS
+@click.option("--schedules", "count", type=int, default=200, show_default=True, help="How many schedules to measure.")
+@size_options
+@click.option("--baseline-steps", type=int, help="Steps of the large-only run that speed-ups are over; the bundle's default.")
+@click.option("--converged-steps", type=int, default=80, show_default=True, help="Steps of the run that distances are to.")
+@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU, for bundles of engines.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def calibrate(
+    bundle: str | None,
+    prompts_file: Path | None,
+    count: int,
+    height: int | None,
+    width: int | None,
+    baseline_steps: int | None,
+    converged_steps: int,
+    device: int,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure how far schedules are from the converged large model, and write it into the bundle.
+
+    Once per pair and size, on any machine: distances do not depend on it. `hst-trt plan --speedup` and `hst-trt run --speedup`
+    then choose for the machine they are on. The same command goes on where an earlier one was stopped; more --schedules
+    add to it.
+    """
+    prompts = prompts_of(prompts_file)
+    if len(prompts) < LEAST_PROMPTS:
+        raise RequestError(f"{len(prompts)} prompts say too little of a pair", fix=f"give {LEAST_PROMPTS} or more; 16 are good")
+    if count < 1:
+        raise RequestError(f"--schedules {count} is not positive", fix="200 is the default")
+
+    from ..compare.rows import Prompt
+    from ..pipeline import HybridStitchPipeline
+    from ..planner.calibrate import calibrate as run
+    from ..planner.choose import frontier
+    from ..workspace import RequestShape
+
+    with bars(quiet=as_json) as progress:
+        task = progress.add_task("calibrate", total=count, note="the converged large model")
+        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle, device), device=device, threads=threads)
+        entry = run(
+            pipeline,
+            [Prompt(number, prompt) for number, prompt in enumerate(prompts)],
+            count,
+            height=height,
+            width=width,
+            baseline_steps=baseline_steps,
+            converged_steps=converged_steps,
+            on_measured=lambda done, note: progress.update(task, completed=done, note=note),
+        )
+    costs = pipeline.costs(RequestShape(1, entry.guidance_scale > 1, *pipeline.grid(height, width)))
+    best = frontier(pipeline.bundle, entry, costs)
+    if as_json:
+        rows = [{"options": o.options, "distance": o.distance, "speedup": round(o.speedup, 4)} for o in best]
+        content = {"bundle": str(pipeline.bundle.path), "cost_source": costs.source, "frontier": rows}
+        print_json("hst_trt.calibrate/1", content | entry.model_dump(mode="json"))
+        return
+    from rich.table import Table
+
+    table = Table(
+        "speed-up", "distance", "options", title=f"{len(entry.schedules)} schedules, {entry.prompts} prompts: the best"
+    )
+    for row in best:
+        table.add_row(f"{row.speedup:.2f}x", f"{row.distance:.4f}", row.options)
+    tables.print(table)
+    tables.print("to choose one for a budget: hst-trt plan --speedup 1.83")

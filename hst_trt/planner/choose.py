@@ -1,0 +1,163 @@
+"""From a calibration and the costs of calls to the schedule for a budget, and those that nearly were it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..arguments import call_costs, plan_request, token_grid
+from ..bundle import Bundle, CalibrationEntry
+from ..compare.rows import as_options
+from ..cost import CallCosts, MeasuredCosts
+from ..errors import MissingError, RequestError
+from ..machine import Machine
+from ..plan import is_number
+from ..workspace import RequestShape
+from .space import Point
+
+__all__ = ["Budget", "Choice", "Option", "calibration_of", "choose", "frontier"]
+
+RUNNERS_UP = 4
+
+SLACK = 0.02
+"""By how much a schedule may be slower than asked for: steps are whole, and costs are no better known than that."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one may spend: the loop so many times faster than the baseline's, or so many seconds from prompt to picture."""
+
+    speedup: float | None = None
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.speedup is None) == (self.latency is None):
+            raise RequestError("a budget is a speed-up or a latency", fix="give one of --speedup and --latency")
+        for name, value in (("speed-up", self.speedup), ("latency", self.latency)):
+            if value is not None and not (is_number(value) and value > 0):
+                raise RequestError(f"the {name} {value!r} is not a positive number")
+
+    def __str__(self) -> str:
+        return f"{self.speedup:g}x" if self.latency is None else f"{self.latency:g} s"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A schedule that was calibrated, and what it is predicted to take.
+
+    Attributes:
+        distance: to the converged large model: root mean square over latents, mean over the calibration's prompts.
+        speedup: of the loop over the baseline's.
+        seconds: from prompt to picture; None where only the cost model is known.
+    """
+
+    point: Point
+    distance: float
+    speedup: float
+    seconds: float | None
+
+    @property
+    def options(self) -> str:
+        """For ``hst-trt run``."""
+        return as_options(self.point.settings)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The nearest schedule within the budget, those that follow it, and the nearest of the large model alone."""
+
+    best: Option
+    runners_up: tuple[Option, ...]
+    large_only: Option | None
+    calibration: CalibrationEntry
+    costs: CallCosts
+
+
+def choose(
+    bundle: Bundle, budget: Budget, machine: Machine | None, *, height: int | None = None, width: int | None = None
+) -> Choice:
+    """The schedule of least distance that keeps within a budget.
+
+    Args:
+        machine: whose saved costs are used, if the bundle has any.
+        height, width: pixels; the bundle's default if left out.
+
+    Raises:
+        MissingError: the bundle has no calibration for this size.
+        RequestError: nothing that was calibrated is fast enough (it names what is reachable), or a latency is asked for where
+            no seconds were measured.
+    """
+    calibration = calibration_of(bundle, height, width)
+    shape = RequestShape(1, calibration.guidance_scale > 1, *token_grid(bundle, height, width))
+    costs = call_costs(bundle, shape, machine)
+    if budget.latency is not None and not isinstance(costs, MeasuredCosts):
+        raise RequestError(
+            f"a latency of {budget} needs costs in seconds, and none were measured on this machine",
+            fix=f"run `hst-trt bench --bundle {bundle.path} --save-costs`, or ask for a speed-up",
+        )
+    options = sorted(_options(bundle, calibration, costs), key=lambda option: option.distance)
+    inside = [option for option in options if _fits(option, budget)]
+    if not inside:
+        fastest = max(options, key=lambda option: option.speedup)
+        seconds = "" if fastest.seconds is None else f", {fastest.seconds:.3g} s"
+        raise RequestError(
+            f"no schedule of this pair reaches {budget}",
+            found=f"the fastest that was calibrated has {fastest.speedup:.2f}x{seconds}",
+            fix="ask for less",
+        )
+    alone = next((option for option in inside if option.point.settings["schedule"] == "large"), None)
+    return Choice(inside[0], tuple(inside[1 : 1 + RUNNERS_UP]), alone, calibration, costs)
+
+
+def frontier(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) -> list[Option]:
+    """The schedules that no other one beats in both speed and distance, the slowest first."""
+    best: list[Option] = []
+    for option in sorted(_options(bundle, calibration, costs), key=lambda option: (option.distance, -option.speedup)):
+        if not best or option.speedup > best[-1].speedup:
+            best.append(option)
+    return best
+
+
+def calibration_of(bundle: Bundle, height: int | None, width: int | None) -> CalibrationEntry:
+    """The bundle's calibration for a size.
+
+    Raises:
+        MissingError: it has none.
+    """
+    h, w = token_grid(bundle, height, width)
+    side = bundle.spec.token_side
+    for entry in bundle.manifest.calibrations:
+        if (entry.height, entry.width) == (side * h, side * w):
+            return entry
+    there = ", ".join(f"{entry.width}x{entry.height}" for entry in bundle.manifest.calibrations) or "none"
+    raise MissingError(
+        f"{bundle.path.name} has no calibration for {side * w}x{side * h}, so no schedule can be chosen for a budget",
+        found=f"calibrations for {there}",
+        fix=f"run `hst-trt calibrate --bundle {bundle.path} --prompts-file FILE --height {side * h} --width {side * w}`",
+    )
+
+
+def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) -> list[Option]:
+    size = {"height": calibration.height, "width": calibration.width}
+
+    def loop(settings: dict[str, object]) -> tuple[float, float | None]:
+        """The loop's cost, and seconds of everything."""
+        plan = plan_request(bundle, **settings, **size)  # type: ignore[arg-type]
+        if isinstance(costs, MeasuredCosts) and costs.seconds is not None:
+            seconds = costs.latency(plan)
+            return seconds - costs.seconds.text - costs.seconds.vae, seconds
+        return plan.cost(costs), None
+
+    baseline, _ = loop({"schedule": "large", "num_inference_steps": calibration.baseline_steps})
+    options = []
+    for entry in calibration.schedules:
+        point = Point(entry.stages, entry.solver, entry.ratio, entry.correction, entry.refresh)
+        cost, seconds = loop(point.settings)
+        options.append(Option(point, entry.distance, baseline / cost, seconds))
+    return options
+
+
+def _fits(option: Option, budget: Budget) -> bool:
+    if budget.latency is not None:
+        return option.seconds is not None and option.seconds <= budget.latency * (1 + SLACK)
+    assert budget.speedup is not None
+    return option.speedup >= budget.speedup * (1 - SLACK)

@@ -1,0 +1,332 @@
+"""The planner: its space of schedules, the model of distances, calibrations in the bundle, and choices for a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Finished
+
+from hst_trt.bundle import Bundle, CalibratedEntry, CalibrationEntry, save_calibration
+from hst_trt.compare.rows import Prompt
+from hst_trt.errors import MissingError, RequestError
+from hst_trt.pipeline import HybridStitchPipeline
+from hst_trt.planner.calibrate import Calibrator, calibrate
+from hst_trt.planner.choose import SLACK, Budget, choose, frontier
+from hst_trt.planner.model import DistanceModel
+from hst_trt.planner.space import CORRECTIONS, LEAST_STEPS, Point, Space
+from hst_trt.schedule import FlowMatchEuler
+
+SPACE = Space(20, (0.1, 0.2, 0.3, 0.4, 0.5, 0.75))
+SIGMAS = {n: FlowMatchEuler(3.0).table(n).sigmas for n in range(LEAST_STEPS, 21)}
+PROMPTS = [Prompt(i, text) for i, text in enumerate(["a red apple", "a cat", "a castle in the night sky", "a car"])]
+
+
+def points(count: int, seed: int = 0) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    return list(dict.fromkeys(SPACE.random(rng) for _ in range(count)))
+
+
+# -- the space -----------------------------------------------------------------------------------------------------------
+def test_points_that_do_the_same_are_the_same_and_every_point_is_a_plan(demo_bundle: Path) -> None:
+    pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
+    made = {}
+    for point in [*points(300), *SPACE.large_only(range(LEAST_STEPS, 21))]:
+        assert SPACE.tidied(point) == point
+        assert LEAST_STEPS <= point.steps <= 20
+        plan = pipeline.plan(**point.settings)
+        assert len(plan.steps) == point.steps
+        assert made.setdefault(repr(plan), point) == point
+    stages = {tuple(count > 0 for count in point.stages) for point in points(300)}
+    assert len(stages) >= 6, "large, small, and all mixtures are drawn"
+
+
+def test_neighbours_are_one_change_away_and_lead_back() -> None:
+    for point in points(40):
+        near = SPACE.neighbours(point)
+        assert point not in near
+        assert len(set(near)) == len(near) > 4
+        for other in near:
+            assert SPACE.tidied(other) == other
+            assert abs(other.steps - point.steps) <= 1
+            assert max(abs(a - b) for a, b in zip(other.stages, point.stages, strict=True)) <= 1
+    inside = Point((3, 6, 3), "ab2", 0.3, 0.9, False)
+    assert all(inside in SPACE.neighbours(other) for other in SPACE.neighbours(inside) if other.stages[1] > 2)
+
+
+# -- the model -----------------------------------------------------------------------------------------------------------
+def true_distance(point: Point) -> float:
+    """A world in which small velocities are wrong by so much, and masks and correction help."""
+    sigmas, (large, hybrid, _) = SIGMAS[point.steps], point.stages
+    way = -np.diff(sigmas)
+    wrong = np.where(np.arange(point.steps) < large, 0.0, 1.0)
+    wrong[large : large + hybrid] = 0.6 * (1 - point.ratio)
+    if not large and hybrid:
+        wrong[0] = 0.0
+    if point.refresh:
+        wrong[large + hybrid // 2] = 0.0
+    helped = 0.7 if point.correction >= 0.9 else 1.0
+    discrete = 2.0 / point.steps ** (1.0 if point.solver == "euler" else 1.5)
+    return float(np.hypot(discrete, 0.5 * helped * (way * wrong * (0.4 + sigmas[1:])).sum()))
+
+
+def test_the_model_learns_distances_from_few_schedules() -> None:
+    every = [point for point in points(400) if point.stages != (point.steps, 0, 0)]
+    known = SPACE.large_only(range(LEAST_STEPS, 21)) + every[:100]
+    model = DistanceModel({point: true_distance(point) for point in known}, SIGMAS)
+    wanted = np.log([true_distance(point) for point in every[100:]])
+    assert np.std(wanted) > 0.5
+    assert np.abs(model(every[100:]) - wanted).mean() < 0.06
+    assert model.error < 0.06
+
+
+# -- calibrating ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo bundle without the calibration that it ships with."""
+    copy = tmp_path / "demo.hstb"
+    shutil.copytree(demo_bundle, copy)
+    table = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(table | {"calibrations": []}))
+    return copy
+
+
+def run_calibration(bundle: Path, count: int, **changes: object) -> tuple[CalibrationEntry, list[str]]:
+    said: list[str] = []
+    settings = {"height": 64, "width": 64, "baseline_steps": 4, "converged_steps": 6} | changes
+    entry = calibrate(
+        HybridStitchPipeline.from_bundle(bundle, threads=1), PROMPTS, count,
+        on_measured=lambda done, text: said.append(text), **settings,
+    )  # fmt: skip
+    return entry, said
+
+
+def test_a_calibration_is_written_goes_on_and_is_of_latents(bundle: Path) -> None:
+    entry, said = run_calibration(bundle, 8)
+    assert len(entry.schedules) == len(said) == 8
+    assert Bundle.open(bundle).manifest.calibrations == (entry,)
+    more, said = run_calibration(bundle, 40)
+    assert len(said) == 32, "what was measured is not measured again"
+    assert more.schedules[:8] == entry.schedules
+    assert len({(s.stages, s.solver, s.ratio, s.correction, s.refresh) for s in more.schedules}) == 40
+    assert Bundle.open(bundle, check_hashes=True).manifest.calibrations == (more,)
+
+    pipeline = HybridStitchPipeline.from_bundle(bundle, threads=1)
+
+    def latents(**settings: object) -> np.ndarray:
+        size = {"height": 64, "width": 64, "output_type": "latent"}
+        return np.concatenate([pipeline(p.prompt, seed=p.number, **size, **settings).images for p in PROMPTS])
+
+    wanted = latents(schedule="large", num_inference_steps=6, solver="dpmpp-2m")
+    for schedule in (more.schedules[0], more.schedules[-1]):
+        point = Point(schedule.stages, schedule.solver, schedule.ratio, schedule.correction, schedule.refresh)
+        error = np.sqrt(np.square(latents(**point.settings) - wanted).mean((1, 2, 3))).mean()
+        assert schedule.distance == pytest.approx(float(error), abs=2e-6)
+
+
+def test_other_prompts_or_another_reference_begin_anew(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_calibration(bundle, 5)
+    assert not caplog.records
+    entry, said = run_calibration(bundle, 5, converged_steps=7)
+    assert "replaces the calibration" in caplog.text
+    assert len(said) == 5
+    assert Bundle.open(bundle).manifest.calibrations == (entry,), "one a size"
+    run_calibration(bundle, 3, width=96)
+    assert len(Bundle.open(bundle).manifest.calibrations) == 2
+
+
+def test_it_measures_where_the_frontier_is(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the world of `true_distance`, 150 measurements come within 10 % of the best of the whole space at every budget."""
+    pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
+    entry = calibration(()).model_copy(update={"baseline_steps": 20})
+    by_settings = {}
+
+    def latents(self: Calibrator, settings: dict) -> np.ndarray:
+        point = by_settings.get(repr(sorted(settings.items(), key=str)))
+        return np.full((1, 1, 1, 1), 0.0 if point is None else true_distance(point))
+
+    monkeypatch.setattr(Calibrator, "_latents", latents)
+    monkeypatch.setattr(Point, "settings", property(remembered(Point.settings.fget, by_settings)))
+    calibrator = Calibrator(pipeline, PROMPTS, entry)
+    for _ in calibrator.run(150):
+        pass
+    everything = [*points(20_000, seed=5), *calibrator.measured]
+    speeds = np.array([calibrator.speedup(point) for point in everything])
+    truth = np.array([true_distance(point) for point in everything])
+    for budget in (1.3, 1.83, 2.5, 3.5):
+        found = min(true_distance(point) for point in calibrator.measured if calibrator.speedup(point) >= budget)
+        assert found <= 1.1 * truth[speeds >= budget].min()
+
+
+def remembered(settings: Callable[[Point], dict], by_settings: dict[str, Point]) -> Callable[[Point], dict]:
+    def property_of(point: Point) -> dict:
+        made = settings(point)
+        by_settings[repr(sorted(made.items(), key=str))] = point
+        return made
+
+    return property_of
+
+
+def test_a_calibration_without_a_reference_is_refused(bundle: Path) -> None:
+    with pytest.raises(RequestError, match="no reference"):
+        run_calibration(bundle, 5, converged_steps=4)
+
+
+# -- choosing ------------------------------------------------------------------------------------------------------------
+def calibration(schedules: tuple[CalibratedEntry, ...]) -> CalibrationEntry:
+    return CalibrationEntry(
+        height=256, width=256, guidance_scale=3.0, prompts=4, prompts_hash="0", baseline_steps=20, converged_steps=80,
+        date="2026-01-01", schedules=schedules,
+    )  # fmt: skip
+
+
+def entry(stages: tuple[int, int, int], distance: float, **changes: object) -> CalibratedEntry:
+    usual = {"solver": "euler", "ratio": 0.3 if stages[1] else 0.0, "correction": 0.0, "refresh": False}
+    return CalibratedEntry(stages=stages, distance=distance, **usual | changes)
+
+
+SCHEDULES = (
+    entry((20, 0, 0), 0.1),
+    entry((10, 0, 0), 0.3),
+    entry((9, 0, 0), 0.35),
+    entry((2, 4, 5), 0.25),
+    entry((2, 2, 6), 0.4, correction=0.9),
+    entry((0, 0, 10), 0.9),
+)
+
+
+@pytest.fixture
+def calibrated(bundle: Path) -> Bundle:
+    return save_calibration(Bundle.open(bundle), calibration(SCHEDULES))
+
+
+def test_the_nearest_schedule_within_the_budget_is_chosen(calibrated: Bundle) -> None:
+    for asked in (1.0, 1.5, 2.0, 2.2, 3.0):
+        choice = choose(calibrated, Budget(speedup=asked), None)
+        everything = [choice.best, *choice.runners_up]
+        assert all(option.speedup >= asked * (1 - SLACK) for option in everything)
+        assert [o.distance for o in everything] == sorted(o.distance for o in everything)
+    assert choose(calibrated, Budget(speedup=1.0), None).best.distance == 0.1
+    best = choose(calibrated, Budget(speedup=2.0), None)
+    assert best.best.point.stages == (2, 4, 5)
+    assert best.large_only is not None
+    assert best.large_only.distance == 0.3
+
+
+def test_plain_large_steps_are_chosen_where_they_are_nearest(calibrated: Bundle) -> None:
+    other = tuple(s for s in SCHEDULES if s.stages != (2, 4, 5))
+    bundle = save_calibration(calibrated, calibration(other))
+    choice = choose(bundle, Budget(speedup=1.9), None)
+    assert choice.best == choice.large_only
+    assert choice.best.options == "--schedule large --num-inference-steps 10"
+
+
+def test_an_unreachable_budget_names_what_is_reachable(calibrated: Bundle) -> None:
+    fastest = max(
+        o.speedup
+        for o in frontier(calibrated, calibrated.manifest.calibrations[0], choose(calibrated, Budget(1.0), None).costs)
+    )
+    with pytest.raises(RequestError, match="10x") as caught:
+        choose(calibrated, Budget(speedup=10), None)
+    assert f"{fastest:.2f}x" in str(caught.value.found)
+
+
+@pytest.mark.parametrize(
+    ("budget", "found"),
+    [
+        ({}, "speed-up or a latency"),
+        ({"speedup": 1.0, "latency": 2.0}, "speed-up or a latency"),
+        ({"speedup": 0}, "not a positive"),
+        ({"speedup": float("nan")}, "not a positive"),
+        ({"latency": -1}, "not a positive"),
+        ({"speedup": "fast"}, "not a positive"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(budget: dict, found: str) -> None:
+    with pytest.raises(RequestError, match=found):
+        Budget(**budget)
+
+
+def test_a_latency_needs_measured_seconds_and_a_size_its_calibration(calibrated: Bundle, demo_bundle: Path) -> None:
+    with pytest.raises(RequestError, match="seconds") as caught:
+        choose(calibrated, Budget(latency=1.0), None)
+    assert "--save-costs" in str(caught.value.fix)
+    with pytest.raises(MissingError, match="no calibration for 64x64") as missing:
+        choose(calibrated, Budget(speedup=1.5), None, height=64, width=64)
+    assert "256x256" in str(missing.value.found)
+    assert "hst-trt calibrate" in str(missing.value.fix)
+
+
+def test_the_frontier_has_what_nothing_beats(calibrated: Bundle) -> None:
+    costs = choose(calibrated, Budget(speedup=1.0), None).costs
+    best = frontier(calibrated, calibrated.manifest.calibrations[0], costs)
+    assert [o.point.stages for o in best] == [(20, 0, 0), (2, 4, 5), (2, 2, 6), (0, 0, 10)]
+    for one, other in itertools.pairwise(best):
+        assert one.distance < other.distance
+        assert one.speedup < other.speedup
+
+
+# -- the commands --------------------------------------------------------------------------------------------------------
+def test_plan_and_run_take_a_budget(hst: Callable[..., Finished], calibrated: Bundle) -> None:
+    planned = hst("plan", "--bundle", calibrated.path, "--speedup", 2, "--json")
+    made = json.loads(planned.out)
+    assert made["chosen"]["options"].startswith("--schedule hybrid --num-inference-steps 11 --stages 2,4,5")
+    assert len(made["steps"]) == 11
+    assert [row["distance"] for row in made["runners_up"]] == [0.3, 0.35, 0.4, 0.9]
+    table = hst("plan", "--bundle", calibrated.path, "--speedup", 2).out
+    assert "chosen" in table
+    assert "runner-up" in table
+    drawn = hst("run", "--bundle", calibrated.path, "--speedup", 2, "--prompt", "a cat", "--seed", 1, "--json")
+    assert drawn.code == 0, drawn.err
+    result = json.loads(drawn.out)["results"][0]
+    assert {stage: s["steps"] for stage, s in result["stages"].items()} == {"large": 2, "hybrid": 4, "small": 5}
+    assert "2,4,5" in drawn.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "found"),
+    [
+        (["--speedup", "2", "--stages", "1,2,3"], 2, "--stages"),
+        (["--speedup", "2", "--latency", "1"], 2, "speed-up or a latency"),
+        (["--speedup", "100"], 2, "reaches 100x"),
+        (["--speedup", "nan"], 2, "not a positive"),
+        (["--speedup", "2", "--height", "64", "--width", "64"], 4, "hst-trt calibrate"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_an_error(
+    hst: Callable[..., Finished], calibrated: Bundle, arguments: list[str], code: int, found: str
+) -> None:
+    for command in (["plan"], ["run", "--prompt", "x"]):
+        result = hst(*command, "--bundle", calibrated.path, *arguments)
+        assert result.code == code
+        assert found in result.err
+
+
+def test_calibrate_prints_the_best(hst: Callable[..., Finished], bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("\n".join(p.prompt for p in PROMPTS))
+    size = ["--height", 64, "--width", 64, "--baseline-steps", 4, "--converged-steps", 6]
+    command = ["calibrate", "--bundle", bundle, "--prompts-file", prompts, "--schedules", 7, *size]
+    result = hst(*command)
+    assert result.code == 0, result.err
+    assert "--schedule large" in result.out
+    made = json.loads(hst(*command, "--json").out)
+    assert len(made["schedules"]) == 7
+    assert made["frontier"]
+    prompts.write_text("a cat\n")
+    few = hst(*command)
+    assert few.code == 2
+    assert "4 or more" in few.err
+
+
+def test_corrections_and_ratios_are_those_that_calibrations_may_hold() -> None:
+    for point in points(200):
+        saved = CalibratedEntry(**dataclasses.asdict(point), distance=0.1)
+        assert Point(saved.stages, saved.solver, saved.ratio, saved.correction, saved.refresh) == point
+        assert point.correction in CORRECTIONS
