@@ -335,6 +335,9 @@ def test_the_shipped_demo_graphs_are_what_an_export_gives_now(tmp_path: Path) ->
     before = json.loads((shipped / "manifest.json").read_text())["files"]
     after = {name: entry.model_dump() for name, entry in fresh.manifest.files.items()}
     assert before == after, "run `make demo-graphs` and commit the result"
+    calibrations = json.loads((shipped / "manifest.json").read_text())["calibrations"]
+    assert calibrations, "run `make demo-calibration` and commit the result"
+    assert [entry.model_dump(mode="json") for entry in fresh.manifest.calibrations] == calibrations
 
 
 def test_every_graph_of_the_demo_bundle_was_checked_and_has_symbolic_axes(demo_bundle: Path) -> None:

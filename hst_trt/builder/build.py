@@ -17,7 +17,7 @@ from ..recipe import Recipe, Target
 from .changes import changed_parts, look, visible_changes
 from .estimate import BuildEstimate, estimate_from_manifest, estimate_from_models
 from .graphs import OnPart, add_graphs, graph_inputs, graphs_of, make_exporter, now
-from .shipped import install_shipped, is_shipped, shipped_demo, shipped_hash
+from .shipped import install_shipped, is_shipped, shipped_demo, shipped_hash, with_known_calibrations
 from .tensorrt import EngineProgress, OnEngine, PlannedEngine, add_engines, plan_engines, waiting
 from .toolchain import Toolchain, find_toolchain
 
@@ -77,7 +77,8 @@ def export_bundle(
     if existing is not None and not reasons:
         return _unchanged(existing)
     with Staging.open(final) as staging:
-        return BuildOutcome(staging.commit(add_graphs(staging, exporter, existing, force, on_part)), True, reasons)
+        manifest = add_graphs(staging, exporter, existing, force, on_part)
+        return BuildOutcome(staging.commit(with_known_calibrations(manifest, existing)), True, reasons)
 
 
 def build_bundle(

@@ -11,7 +11,7 @@ from ..tensor_names import LARGE, SMALL, VAE_DECODER
 from . import onnxruntime
 from .graphs import now, recipe_hash
 
-__all__ = ["install_shipped", "is_shipped", "shipped_demo", "shipped_hash"]
+__all__ = ["install_shipped", "is_shipped", "shipped_demo", "shipped_hash", "with_known_calibrations"]
 
 _DATA = Path(__file__).resolve().parent.parent / "data"
 _SHIPPED = _DATA / "demo.hstb"
@@ -30,12 +30,27 @@ def is_shipped(recipe: Recipe, target: Target) -> bool:
     return recipe_hash(recipe, target) == recipe_hash(load_recipe("demo"), target)
 
 
+def with_known_calibrations(manifest: Manifest, existing: Bundle | None) -> Manifest:
+    """The manifest with the calibrations of a bundle of the very same files: that which is replaced, or that which ships."""
+    known = [existing.manifest] if existing is not None else []
+    if shipped_demo() is not None:
+        known.append(_shipped_manifest())
+    for other in known:
+        if other.calibrations and other.files == manifest.files:
+            return manifest.model_copy(update={"calibrations": other.calibrations})
+    return manifest
+
+
+def _shipped_manifest() -> Manifest:
+    return Manifest.model_validate_json((_SHIPPED / "manifest.json").read_bytes())
+
+
 def shipped_hash() -> str:
     return hashlib.sha256((_SHIPPED / "manifest.json").read_bytes()).hexdigest()
 
 
 def install_shipped(final: Path) -> Bundle:
-    manifest = Manifest.model_validate_json((_SHIPPED / "manifest.json").read_bytes())
+    manifest = _shipped_manifest()
     with Staging.open(final) as staging:
         staging.clear()
         for name in manifest.files:
