@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from .spec import TransformerSpec
-
-if TYPE_CHECKING:
-    from .plan import StitchPlan
 
 __all__ = [
     "FLOPS_PER_WEIGHT_BYTE",
@@ -118,7 +115,7 @@ class MeasuredCosts:
     Attributes:
         by_tokens: of a large call, for each bucket and the full call.
         small_cost: of a small call.
-        seconds: what `latency` needs; None where only costs were measured.
+        seconds: what `hst_trt.plan.StitchPlan.latency` needs; None where only costs were measured.
     """
 
     by_tokens: Mapping[int, float]
@@ -131,12 +128,3 @@ class MeasuredCosts:
 
     def small(self) -> float:
         return self.small_cost
-
-    def latency(self, plan: StitchPlan) -> float:
-        """Seconds from prompt to pixels by a plan: text encoders, loop, VAE decoder.
-
-        Every step is counted with the glue of a masked step (`hst_trt.bench.GLUE_STEP`), of which steps of one model need less.
-        """
-        assert self.seconds is not None, "costs without seconds say nothing of time"
-        s = self.seconds
-        return s.text + plan.cost(self) * s.full + len(plan.steps) * s.step + s.vae

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from .cost import CallCosts
+from .cost import CallCosts, MeasuredCosts
 from .errors import RequestError
 from .schedule import Solver
 
@@ -234,6 +234,15 @@ class StitchPlan:
     def cost(self, costs: CallCosts) -> float:
         """The whole loop in units of one full large call."""
         return sum(self.step_cost(step, costs) for step in self.steps)
+
+    def latency(self, costs: MeasuredCosts) -> float:
+        """Seconds from prompt to pixels: text encoders, loop, VAE decoder.
+
+        Every step is counted with the glue of a masked step (`hst_trt.bench.GLUE_STEP`), of which steps of one model need less.
+        """
+        seconds = costs.seconds
+        assert seconds is not None, "costs without seconds say nothing of time"
+        return seconds.text + self.cost(costs) * seconds.full + len(self.steps) * seconds.step + seconds.vae
 
 
 def token_buckets(num_tokens: int, ratios: Sequence[float] = BUCKET_RATIOS) -> tuple[int, ...]:

@@ -390,9 +390,9 @@ def test_the_seconds_of_a_plan_are_text_every_call_the_glue_of_every_step_and_th
     costs = MeasuredCosts({8: 0.25, 16: 1.0}, 0.5, seconds=CallSeconds(full=2.0, step=0.125, text=3.0, vae=7.0))
     request = PlanRequest("hybrid", 6, 16, (8, 16), stages=(2, 3, 1), mask=MaskRule(0.5), refresh_every=0)
     assert make_plan(request).cost(costs) == 2 * 1.0 + 3 * 0.25 + 5 * 0.5
-    assert costs.latency(make_plan(request)) == 3.0 + 2.0 * 5.25 + 6 * 0.125 + 7.0
+    assert make_plan(request).latency(costs) == 3.0 + 2.0 * 5.25 + 6 * 0.125 + 7.0
     empty = StitchPlan((), 16)
-    assert costs.latency(empty) == 10.0
+    assert empty.latency(costs) == 10.0
 
 
 def test_a_plan_says_in_one_line_that_other_costs_are_not_used_and_the_command_it_names_mends_that(

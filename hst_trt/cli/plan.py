@@ -54,7 +54,7 @@ def plan(
     if opened.manifest.costs and not measured:
         messages.print(_not_used(opened, shape.h, shape.w, threads))
     cost, large_only = made.cost(costs), len(made.steps)
-    seconds = costs.latency(made) if isinstance(costs, MeasuredCosts) else None
+    seconds = made.latency(costs) if isinstance(costs, MeasuredCosts) else None
     rows = [
         {
             "step": t,

@@ -143,7 +143,7 @@ def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) ->
         """The loop's cost, and seconds of everything."""
         plan = plan_request(bundle, **settings, **size)  # type: ignore[arg-type]
         if isinstance(costs, MeasuredCosts) and costs.seconds is not None:
-            seconds = costs.latency(plan)
+            seconds = plan.latency(costs)
             return seconds - costs.seconds.text - costs.seconds.vae, seconds
         return plan.cost(costs), None
 
