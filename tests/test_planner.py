@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -330,3 +331,21 @@ def test_corrections_and_ratios_are_those_that_calibrations_may_hold() -> None:
         saved = CalibratedEntry(**dataclasses.asdict(point), distance=0.1)
         assert Point(saved.stages, saved.solver, saved.ratio, saved.correction, saved.refresh) == point
         assert point.correction in CORRECTIONS
+
+
+def test_what_is_missing_is_said_before_anything_is_drawn(
+    hst: Callable[..., Finished], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.write_text("\n".join(p.prompt for p in PROMPTS))
+
+    def drawn(*args: object, **kwargs: object) -> None:
+        pytest.fail("a picture was drawn")
+
+    monkeypatch.setattr(HybridStitchPipeline, "__call__", drawn)
+    for command, package in (("calibrate", "scipy.optimize"), ("compare", "matplotlib")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)
+            result = hst(command, "--bundle", bundle, "--prompts-file", prompts)
+        assert result.code == 4
+        assert package.split(".")[0] in result.err

@@ -62,8 +62,9 @@ def compare(
     from ..disk import translated_disk_errors
     from ..images import read_pictures
     from ..pipeline import HybridStitchPipeline
-    from ..plots import frontier_figure, svg
+    from ..plots import frontier_figure, open_folder, svg
 
+    open_folder(output_dir)  # before pictures are drawn for half an hour
     with bars(quiet=as_json) as progress:
         task = progress.add_task("compare", total=None, note="")
         pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads)

@@ -26,7 +26,7 @@ from ..plan import StitchPlan
 from ..schedule import Solver
 from ..workspace import RequestShape
 from .choose import calibration_of
-from .model import DistanceModel
+from .model import DistanceModel, fitter
 from .space import LEAST_STEPS, Point, Space
 
 __all__ = ["Calibrator", "calibrate"]
@@ -70,8 +70,10 @@ def calibrate(
         on_measured: called with how many are measured, and a line about the last one.
 
     Raises:
-        RequestError: the reference is not the longest run; HstError: the bundle cannot be written.
+        MissingError: SciPy is not installed; RequestError: the reference is not the longest run; HstError: the bundle cannot be
+            written.
     """
+    fitter()
     bundle, side = pipeline.bundle, pipeline.spec.token_side
     h, w = pipeline.grid(height, width)
     steps = bundle.manifest.defaults.num_inference_steps if baseline_steps is None else baseline_steps

@@ -12,14 +12,15 @@ helps. ``g`` and ``f`` have 18 numbers, which are fitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..errors import MissingError
 from .space import CORRECTIONS, SOLVERS, Point
 
-__all__ = ["DistanceModel"]
+__all__ = ["DistanceModel", "fitter"]
 
 KNOTS = np.linspace(0, 1, 6)
 """Sigmas at which the logarithm of g is fitted; straight lines between them."""
@@ -43,15 +44,10 @@ class DistanceModel:
             ever asked for.
         sigmas: by number of steps, [N+1].
 
-    Raises:
-        MissingError: SciPy is not installed.
     """
 
     def __init__(self, measured: Mapping[Point, float], sigmas: Mapping[int, np.ndarray]) -> None:
-        try:
-            from scipy.optimize import least_squares
-        except ModuleNotFoundError as exc:
-            raise MissingError(f"calibrating needs {exc.name}, which is missing", fix='pip install "hst_trt[eval]"') from None
+        least_squares = fitter()
         self._sigmas = sigmas
         self._steps = {(p.steps, p.solver): d for p, d in measured.items() if p.stages == (p.steps, 0, 0)}
         points = [point for point in measured if point.stages != (point.steps, 0, 0)]
@@ -85,6 +81,20 @@ class DistanceModel:
         alone = np.array([self._steps[point.steps, point.solver] for point in points])
         rest = [(point.ratio, CORRECTIONS.index(point.correction), SOLVERS.index(point.solver)) for point in points]
         return ways, middles, alone, np.array(rest, float)
+
+
+def fitter() -> Callable[..., Any]:
+    """SciPy's least squares; to be asked for before anything is measured.
+
+    Raises:
+        MissingError: SciPy is not installed.
+    """
+    try:
+        from scipy.optimize import least_squares
+    except ModuleNotFoundError as exc:
+        raise MissingError(f"calibrating needs {exc.name}, which is not installed", fix='pip install "hst_trt[eval]"') from None
+    found: Callable[..., Any] = least_squares
+    return found
 
 
 def _log_distance(
