@@ -25,8 +25,8 @@ __all__ = [
 
 FLOPS_PER_WEIGHT_BYTE = {"onnxruntime": 12.0}
 """By backend: FLOPs that it would do in the time that reading one byte of weights adds to a call. ONNX Runtime's on a CPU was
-chosen by an earlier run of benchmarks/cost_model.py, on all its pairs; benchmarks/results/cpu_cost_model.md is a later run. On a GPU
-reading overlaps with computing, but for the modulation layers; what remains was never measured, and counts as nothing."""
+chosen by an earlier run of benchmarks/cost_model.py, on all its pairs; benchmarks/results/cpu_cost_model.md is a later run. On
+a GPU reading overlaps with computing, but for the modulation layers; what remains was never measured, and counts as nothing."""
 
 
 def call_flops(spec: TransformerSpec, computed: int, tokens: int, text: int) -> int:
