@@ -116,10 +116,6 @@ def test_distances_are_those_of_the_pictures_that_the_schedules_draw(pipeline: H
     assert rows["fewer"].to_same_steps == {}
     assert (rows["random"].to_converged["psnr"] != rows["hybrid"].to_converged["psnr"]).any()
     assert rows["large"].speedup.values == (1.0, 1.0)
-    difference = comparison.difference("hybrid", "fewer", "psnr")
-    gap = rows["hybrid"].to_converged["psnr"] - rows["fewer"].to_converged["psnr"]
-    assert difference.value == pytest.approx(gap.mean())
-    assert difference.low <= difference.value <= difference.high
 
 
 def test_random_masks_differ_from_picture_to_picture() -> None:

@@ -48,6 +48,16 @@ def test_points_that_do_the_same_are_the_same_and_every_point_is_a_plan(demo_bun
     assert len(stages) >= 6, "large, small, and all mixtures are drawn"
 
 
+def test_a_refresh_is_one_full_large_call_among_the_hybrid_steps(demo_bundle: Path) -> None:
+    pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
+    for hybrid in range(3, 12):
+        point = Point((2, hybrid, 1), ratio=0.3, refresh=True)
+        assert SPACE.tidied(point) == point
+        plan = pipeline.plan(**point.settings)
+        full = [t for t, step in enumerate(plan.steps) if step.large_tokens == plan.num_tokens]
+        assert full == [0, 1, 2 + point.refresh_after]
+
+
 def test_neighbours_are_one_change_away_and_lead_back() -> None:
     for point in points(40):
         near = SPACE.neighbours(point)
@@ -71,7 +81,7 @@ def true_distance(point: Point) -> float:
     if not large and hybrid:
         wrong[0] = 0.0
     if point.refresh:
-        wrong[large + hybrid // 2] = 0.0
+        wrong[large + (hybrid + 1) // 2] = 0.0
     helped = 0.7 if point.correction >= 0.9 else 1.0
     discrete = 2.0 / point.steps ** (1.0 if point.solver == "euler" else 1.5)
     return float(np.hypot(discrete, 0.5 * helped * (way * wrong * (0.4 + sigmas[1:])).sum()))
@@ -129,6 +139,15 @@ def test_a_calibration_is_written_goes_on_and_is_of_latents(bundle: Path) -> Non
         point = Point(schedule.stages, schedule.solver, schedule.ratio, schedule.correction, schedule.refresh)
         error = np.sqrt(np.square(latents(**point.settings) - wanted).mean((1, 2, 3))).mean()
         assert schedule.distance == pytest.approx(float(error), abs=2e-6)
+
+
+def test_a_space_that_is_measured_out_ends_the_calibration(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def latents(self: Calibrator, settings: dict) -> np.ndarray:
+        return np.full((1, 1, 1, 1), 0.0 if settings["num_inference_steps"] == 6 else 1.0 + len(str(settings)))
+
+    monkeypatch.setattr(Calibrator, "_latents", latents)
+    entry, said = run_calibration(bundle, 10_000, baseline_steps=LEAST_STEPS)
+    assert 100 < len(entry.schedules) == len(said) < 10_000
 
 
 def test_other_prompts_or_another_reference_begin_anew(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,18 +68,18 @@ class Gallery:
 
     def draw(self, pipeline: HybridStitchPipeline, cases: Sequence[Case], say: Callable[[str], None]) -> None:
         """Draws the cases that are not there yet. Call it with all of them: the first row rotates with the case."""
-        todo = self.missing(cases)
-        if not todo:
+        left = self.missing(cases)
+        if not left:
             return
         for name, row in self._rows.items():  # engines are loaded and buffers made before anything is timed
             pipeline("a red apple on a blue background", seed=0, **row.arguments())
             say(f"warmed up {name}")
         began = said = time.monotonic()
-        for done, case in enumerate(todo, start=1):
+        for done, case in enumerate(left, start=1):
             self._draw(pipeline, case)
-            if time.monotonic() - said > REPORT_EVERY or done == len(todo):
+            if time.monotonic() - said > REPORT_EVERY or done == len(left):
                 said = time.monotonic()
-                say(f"prompts: {done} of {len(todo)}, about {(said - began) / done * (len(todo) - done) / 60:.0f} min left")
+                say(f"prompts: {done} of {len(left)}, about {(said - began) / done * (len(left) - done) / 60:.0f} min left")
 
     def _draw(self, pipeline: HybridStitchPipeline, case: Case) -> None:
         names = list(self._rows)

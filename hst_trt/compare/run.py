@@ -102,11 +102,6 @@ class Comparison:
     notes: tuple[str, ...]
     gallery: Gallery
 
-    def difference(self, first: str, second: str, measure: str) -> Figure:
-        """Mean of first less second over the same pictures, in a distance to the converged large model."""
-        by_name = {one.row.name: one for one in self.rows}
-        return Figure.mean(by_name[first].to_converged[measure] - by_name[second].to_converged[measure])
-
 
 def compare(
     pipeline: HybridStitchPipeline,

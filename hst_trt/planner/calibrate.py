@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -141,18 +142,21 @@ class Calibrator:
         self._costs = pipeline.costs(RequestShape(1, calibration.guidance_scale > 1, *pipeline.grid(**self._size)))
         self._sigmas = {n: pipeline.scheduler.table(n).sigmas for n in range(LEAST_STEPS, self._steps + 1)}
         self._plans: dict[Point, StitchPlan] = {}
+        self._converged_steps = calibration.converged_steps
+
+    @functools.cached_property
+    def _converged(self) -> np.ndarray:
+        """What distances are to; drawn only if there is something to measure."""
         solver: Solver = "dpmpp-2m"
-        self._converged = self._latents(
-            {"schedule": "large", "num_inference_steps": calibration.converged_steps, "solver": solver}
-        )
+        return self._latents({"schedule": "large", "num_inference_steps": self._converged_steps, "solver": solver})
 
     def run(self, count: int) -> Iterator[Point]:
-        """Measures until there are `count` points; gives each one after it was measured."""
+        """Measures until there are `count` points, or no more to find; gives each one after it was measured."""
         rng = np.random.default_rng(0)
         first = self.space.large_only(range(LEAST_STEPS, self._steps + 1))
         first += [self.space.random(rng) for _ in range(max(SPREAD, count // 4))]
-        while len(self.measured) < count:
-            for point in first or self._promising(rng):
+        while len(self.measured) < count and (points := first or self._promising(rng)):
+            for point in points:
                 if point not in self.measured and len(self.measured) < count:
                     error = np.square(self._latents(point.settings) - self._converged).mean((1, 2, 3))
                     self.measured[point] = float(np.sqrt(error).mean())
@@ -166,7 +170,7 @@ class Calibrator:
         return self._steps / self._plans[point].cost(self._costs)
 
     def _promising(self, rng: np.random.Generator) -> list[Point]:
-        """For each of many budgets the point not yet measured that the model hopes most of, compared with the best so far."""
+        """For each of many budgets the point not yet measured that the model expects most of; then any; then none."""
         model = DistanceModel(self.measured, self._sigmas)
         pool = {self.space.random(rng) for _ in range(CANDIDATES // 2)}
         best = sorted(self.measured, key=self.measured.__getitem__)
@@ -174,13 +178,15 @@ class Calibrator:
         for point in frontier:
             pool.update(self.space.neighbours(point))
         candidates = [point for point in pool if point not in self.measured]
+        if not candidates:
+            return []
         expected = model(candidates)
         speeds = np.array([self.speedup(point) for point in candidates])
         chosen: dict[Point, None] = {}
         for low in np.geomspace(1.15, 4.0, BUDGETS):
             inside = np.flatnonzero((speeds >= low) & (speeds < 4.0 ** (1 / BUDGETS) * low))
             chosen |= dict.fromkeys(candidates[i] for i in inside[np.argsort(expected[inside])[:1]])
-        return list(chosen)
+        return list(chosen) or [candidates[i] for i in np.argsort(expected)[:BUDGETS]]
 
     def _latents(self, settings: Mapping[str, Any]) -> np.ndarray:
         request = {**settings, **self._size}

@@ -75,7 +75,7 @@ class DistanceModel:
             ways[i, 0, large : large + hybrid] = way[large : large + hybrid]
             ways[i, 1, large + hybrid : point.steps] = way[large + hybrid :]
             if point.refresh:
-                ways[i, 0, large + hybrid // 2] = 0
+                ways[i, 0, large + point.refresh_after] = 0
             if not large and hybrid:
                 ways[i, 0, 0] = 0
         alone = np.array([self._steps[point.steps, point.solver] for point in points])

@@ -45,6 +45,11 @@ class Point:
         return sum(self.stages)
 
     @property
+    def refresh_after(self) -> int:
+        """How many hybrid steps come before the refresh, if there is one: at least half of them, so that it is the only one."""
+        return (self.stages[1] + 1) // 2
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Arguments of `HybridStitchPipeline.plan`."""
         large, hybrid, small = self.stages
@@ -55,7 +60,7 @@ class Point:
             return settings | {"schedule": "small"}
         settings |= {"schedule": "hybrid" if hybrid else "srdiffusion", "stages": self.stages, "correction": self.correction}
         if hybrid:
-            settings |= {"mask": MaskRule(ratio=self.ratio), "refresh_every": max(1, hybrid // 2) if self.refresh else 0}
+            settings |= {"mask": MaskRule(ratio=self.ratio), "refresh_every": self.refresh_after if self.refresh else 0}
         return settings
 
 
