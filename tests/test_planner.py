@@ -147,7 +147,12 @@ def test_a_space_that_is_measured_out_ends_the_calibration(bundle: Path, monkeyp
 
     monkeypatch.setattr(Calibrator, "_latents", latents)
     entry, said = run_calibration(bundle, 10_000, baseline_steps=LEAST_STEPS)
-    assert 100 < len(entry.schedules) == len(said) < 10_000
+    space = Space(LEAST_STEPS, tuple(r for r in Bundle.open(bundle).manifest.bucket_ratios if r < 1))
+    rng = np.random.default_rng(1)
+    everything = {space.random(rng) for _ in range(20_000)}
+    measured = {Point(s.stages, s.solver, s.ratio, s.correction, s.refresh) for s in entry.schedules}
+    assert len(measured) == len(said)
+    assert len(everything & measured) > 0.95 * len(everything)
 
 
 def test_other_prompts_or_another_reference_begin_anew(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
