@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration pictures bench clean
+.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration pictures bench beside-others clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,7 +50,7 @@ demo-graphs: setup  ## Export the demo pair's graphs anew into the package, afte
 
 demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, half an hour on one core; goes on where it was stopped.
 	$(BIN)/hst-trt build --gpu cpu --pair demo
-	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 240 --threads 1
+	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 320 --baseline-steps 28 --threads 1
 	$(BIN)/python scripts/ship_demo_graphs.py engines/demo-cpu.hstb
 
 pictures: setup  ## Draw the pictures of the README anew.
@@ -60,6 +60,16 @@ bench: setup  ## Time calls, whole runs and start-up, beside the cost model.
 	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/python benchmarks/cost_model.py
 	$(BIN)/python benchmarks/startup.py --bundle demo-cpu
+
+OPTIMUM := build/out/optimum
+
+$(OPTIMUM)/.ready: benchmarks/optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/optimum.txt
+	touch $@
+
+beside-others: setup $(OPTIMUM)/.ready  ## Time hst_trt beside diffusers, torch.compile and optimum-onnx (which gets its own environment), six minutes.
+	$(BIN)/python benchmarks/beside_others.py
 
 clean:  ## Remove bundles and work files; pictures and the environment stay.
 	rm -rf build/out dist engines/*.hstb engines/.*.hstb.*

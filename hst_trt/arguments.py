@@ -25,7 +25,7 @@ from .plan import (
     token_buckets,
     whole_number,
 )
-from .schedule import Solver
+from .schedule import Sampling, Solver, TimestepSpacing
 from .workspace import RequestShape
 
 __all__ = [
@@ -56,10 +56,12 @@ def plan_request(
     correction: float = 0.0,
     adaptive: bool = False,
     solver: Solver = "euler",
+    timestep_spacing: TimestepSpacing = "linspace",
+    shift: float | None = None,
 ) -> StitchPlan:
     """The plan of a request on a bundle.
 
-    See `hst_trt.plan.PlanRequest` for the arguments.
+    See `hst_trt.plan.PlanRequest` and `hst_trt.schedule.Sampling` for the arguments.
 
     Raises:
         RequestError: an argument is not usable.
@@ -81,7 +83,7 @@ def plan_request(
             refresh_every=None if refresh_every is None else whole_number("refresh_every", refresh_every),
             correction=correction,
             switch=AdaptiveSwitch() if adaptive else None,
-            solver=solver,
+            sampling=Sampling(solver, timestep_spacing, shift),
         )
     )
 

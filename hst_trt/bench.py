@@ -176,7 +176,7 @@ def bench_calls(
     text = encode()
 
     def begin(loop: StitchPlan) -> None:
-        table = pipeline.scheduler.table(len(loop.steps), loop.solver)
+        table = pipeline.scheduler.table(len(loop.steps), loop.sampling)
         ws.begin(noise, text, table, 3.0, loop.mask, loop.correction)
 
     assert plan.request is not None

@@ -102,7 +102,7 @@ def _parameters(settings: Mapping[str, Any], image: Image.Image) -> str:
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    sampler = _SAMPLERS[settings["plan"]["solver"]]
+    sampler = _SAMPLERS[settings["plan"]["sampling"]["solver"]]
     lines.append(
         f"Steps: {settings['steps']}, Sampler: {sampler}, CFG scale: {settings['guidance_scale']}, Seed: {settings['seed']}, "
         f"Size: {image.width}x{image.height}, Model: {settings['model']}, Schedule: {settings['plan']['schedule']}"

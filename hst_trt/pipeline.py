@@ -33,7 +33,7 @@ from .errors import NumericsError, RequestError, ResourceError
 from .plan import MaskRule, Schedule, StitchPlan, whole_number
 from .residency import Residency
 from .runtime.engine import Backend
-from .schedule import Solver
+from .schedule import Solver, TimestepSpacing
 from .stats import RunStats
 from .tensor_names import GLUE, LARGE, SMALL, TEXT_ENCODERS, VAE_DECODER
 from .tokenizer import PromptTokenizer
@@ -43,7 +43,7 @@ __all__ = ["HybridStitchPipeline", "StitchOutput"]
 
 OutputType = Literal["pil", "np", "latent"]
 _CALLBACK_TENSORS = ("latents",)
-_OPTIONAL_GLUE = ("blend", "correct", "score", "select", "count", "change")
+_OPTIONAL_GLUE = ("blend", "correct", "score", "select", "count", "change", "extrapolate")
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ class HybridStitchPipeline:
         correction: float = 0.0,
         adaptive: bool = False,
         solver: Solver = "euler",
+        timestep_spacing: TimestepSpacing = "linspace",
+        shift: float | None = None,
         keep_masks: bool = False,
         on_step: Callable[[int, StepRecord], None] | None = None,
     ) -> StitchOutput:
@@ -194,8 +196,8 @@ class HybridStitchPipeline:
             callback_on_step_end: called as diffusers does, with (pipeline, step, timestep, tensors); it may return other
                 latents, and may set ``pipeline._interrupt = True`` to stop early.
             max_sequence_length: fixed by the bundle; accepted if it says the same.
-            schedule, stages, mask, refresh_every, correction, adaptive, solver: see `plan`. mask_ratio is short for
-                ``mask=MaskRule(ratio=...)``.
+            schedule, stages, mask, refresh_every, correction, adaptive, solver, timestep_spacing, shift: see `plan`.
+                mask_ratio is short for ``mask=MaskRule(ratio=...)``.
             keep_masks: return the mask of every step.
             on_step: called with the step's index and record, for progress bars.
 
@@ -234,6 +236,7 @@ class HybridStitchPipeline:
         plan = self.plan(
             schedule=schedule, num_inference_steps=num_inference_steps, height=height, width=width, stages=stages,
             mask=mask, refresh_every=refresh_every, correction=correction, adaptive=adaptive, solver=solver,
+            timestep_spacing=timestep_spacing, shift=shift,
         )  # fmt: skip
         h, w = self.grid(height, width)
         shape = RequestShape(images, scale > 1, h, w)
@@ -277,7 +280,7 @@ class HybridStitchPipeline:
             self.backend.engine(name)
         ws = self._resident.workspace(shape)
         noise = patchify(request.noise, self.spec.patch_size)
-        table = self.scheduler.table(len(plan.steps), plan.solver)
+        table = self.scheduler.table(len(plan.steps), plan.sampling)
         ws.begin(noise, text, table, request.guidance_scale, plan.mask, plan.correction)
         with times("denoise"):
             records = denoise(ws, plan, keep_masks=request.keep_masks, on_step_end=partial(end_step, ws))

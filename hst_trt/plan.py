@@ -9,6 +9,8 @@ Every schedule is a plan of the same loop (`hst_trt.denoise`), so schedules diff
     srdiffusion  large first, then small, switched at a fixed or an adaptive step       SRDiffusion
     ras          large alone, on the mask only after the first steps; unmasked tokens   RAS-like
                  keep their last velocity
+    multirate    large alone, then full and masked steps in turn; the velocity of       ours
+                 unmasked tokens goes on as it last changed
 
 Plans are values: two schedules that do the same thing give equal plans.
 """
@@ -26,7 +28,7 @@ from typing import Any, Literal, get_args
 
 from .cost import CallCosts, MeasuredCosts
 from .errors import RequestError
-from .schedule import Solver
+from .schedule import AS_DIFFUSERS, Sampling
 
 __all__ = [
     "BUCKET_RATIOS",
@@ -44,7 +46,7 @@ __all__ = [
     "whole_number",
 ]
 
-Schedule = Literal["hybrid", "large", "small", "t-stitch", "srdiffusion", "ras"]
+Schedule = Literal["hybrid", "large", "small", "t-stitch", "srdiffusion", "ras", "multirate"]
 BUCKET_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
@@ -79,14 +81,16 @@ class Step:
         stage: for reports only; what is done is said by the rest.
         large_tokens: image tokens the large model computes: 0, a bucket, or all. None: a threshold mask decides.
         small: whether the small model computes all tokens. Where neither it nor a full large call gives the unmasked
-            tokens a velocity, they keep their last one.
+            tokens a velocity, they go on from those they had before.
         redraw: whether the mask of the next step is drawn from this step's predictions.
+        extrapolate: whether those go on in a straight line, or else the last one is kept.
     """
 
     stage: Stage
     large_tokens: int | None
     small: bool = False
     redraw: bool = False
+    extrapolate: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,11 @@ class PlanRequest:
         num_tokens: image tokens of the request, h * w.
         buckets: token counts that the engines take, ascending, the last one all tokens.
         stages: (N1, N2, N3), steps of the large, hybrid and small stage; None takes the schedule's default.
-        refresh_every: a full large call every so many hybrid steps; 0 for none; None for the default (one in the middle
-            of more than 8 hybrid steps).
+        refresh_every: every so manyth step of the hybrid stage is a full large call; 0 for none; None for the default (one in
+            the middle of more than 8 hybrid steps; for multirate every second).
         correction: factor a step on the last known difference v_L - v_S that is added to v_S outside the mask and in
             the small stage; 0 switches it off.
-        solver: how velocities become the next latents; see `hst_trt.schedule.SOLVERS`.
+        sampling: where the steps lie, and how one is taken.
     """
 
     schedule: Schedule
@@ -171,7 +175,7 @@ class PlanRequest:
     refresh_every: int | None = None
     correction: float = 0.0
     switch: AdaptiveSwitch | None = None
-    solver: Solver = "euler"
+    sampling: Sampling = AS_DIFFUSERS
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class StitchPlan:
     mask: MaskRule | None = None
     correction: float = 0.0
     switch: AdaptiveSwitch | None = None
-    solver: Solver = "euler"
+    sampling: Sampling = AS_DIFFUSERS
     request: PlanRequest | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -261,13 +265,11 @@ def make_plan(request: PlanRequest) -> StitchPlan:
     """Turns a request into a plan.
 
     Raises:
-        RequestError: stages that do not add up or that the schedule does not have, an unknown schedule or solver, a correction
-            or refresh that is out of range.
+        RequestError: stages that do not add up or that the schedule does not have, an unknown schedule, a correction or refresh
+            that is out of range.
     """
     if request.schedule not in get_args(Schedule):
         raise RequestError(f"unknown schedule {request.schedule!r}", fix=f"choose one of {', '.join(get_args(Schedule))}")
-    if request.solver not in get_args(Solver):
-        raise RequestError(f"unknown solver {request.solver!r}", fix=f"choose one of {', '.join(get_args(Solver))}")
     if not (is_number(request.correction) and 0 <= request.correction <= 1):
         raise RequestError(f"correction {request.correction!r} is outside [0, 1]", fix="0 is off, 0.9 is a good start")
     if request.refresh_every is not None and request.refresh_every < 0:
@@ -294,7 +296,7 @@ def make_plan(request: PlanRequest) -> StitchPlan:
         mask=request.mask if masked else None,
         correction=request.correction if corrected else 0.0,
         switch=request.switch,
-        solver=request.solver,
+        sampling=request.sampling,
         request=request,
     )
 
@@ -317,6 +319,7 @@ def _stages(request: PlanRequest) -> tuple[int, int, int]:
         "t-stitch": (1, 0, 1),
         "srdiffusion": (1, 0, 1),
         "ras": (1, 1, 0),
+        "multirate": (1, 1, 0),
     }
     for count, may, name in zip(stages, allowed.get(request.schedule, (1, 1, 1)), Stage, strict=True):
         if count and not may:
@@ -339,8 +342,9 @@ def _default_stages(request: PlanRequest) -> tuple[int, int, int]:
             return (n, 0, 0)
         case "small":
             return (0, 0, n)
-        case "ras":
-            return (min(n, max(2, first)), n - min(n, max(2, first)), 0)
+        case "ras" | "multirate":
+            full = min(n, max(2, first) if request.schedule == "ras" else max(3, math.ceil(n / 2)))
+            return (full, n - full, 0)
         case "hybrid":
             return (first, hybrid, n - first - hybrid)
         case _ if request.switch is not None:
@@ -362,11 +366,11 @@ def _t_stitch(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step,
     return _small_only(request, stages) + _large_only(request, stages)
 
 
-def _ras(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step, ...]:
+def _without_small(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step, ...]:
     full, masked, _ = stages
     if masked and full < 2:
         raise RequestError(
-            "the ras schedule ranks tokens by how much their velocity changes, which needs two full steps first",
+            f"the schedule {request.schedule!r} ranks tokens by how their velocity changes, which needs two full steps first",
             found=f"{full} full step(s)",
             fix="give stages whose first number is 2 or more",
         )
@@ -387,21 +391,24 @@ def _masked_run(request: PlanRequest, large: int, masked: int, *, small: bool) -
     budget = bucket_for(request.mask.ratio * n, request.buckets) if request.mask.threshold is None else None
     if budget == n:  # a mask of everything is no mask
         return _large_only(request, (large + masked, 0, 0))
-    refreshed = _refreshes(masked, request.refresh_every) | ({0} if masked and not large else set())
+    extrapolate = request.schedule == "multirate"
+    every = 2 if extrapolate and request.refresh_every is None else request.refresh_every
+    refreshed = _refreshes(masked, every) | ({0} if masked and not large else set())
     stage = Stage.HYBRID if small else Stage.LARGE
     tokens = [n] * large + [n if k in refreshed else budget for k in range(masked)]
     steps = []
     for t, count in enumerate(tokens):
         redraw = t + 1 < len(tokens) and tokens[t + 1] != n
         needs_small = small and (count != n or redraw or (t >= large and request.correction > 0))
-        steps.append(Step(Stage.LARGE if t < large else stage, count, small=needs_small, redraw=redraw))
+        straight = extrapolate and (count != n or redraw)
+        steps.append(Step(Stage.LARGE if t < large else stage, count, needs_small, redraw, straight))
     return tuple(steps)
 
 
 def _refreshes(masked: int, every: int | None) -> set[int]:
     if every is None:
         return {masked // 2} if masked > 8 else set()
-    return set(range(every, masked, every)) if every else set()
+    return set(range(every - 1, masked, every)) if every else set()
 
 
 _STEPS = {
@@ -410,5 +417,6 @@ _STEPS = {
     "small": _small_only,
     "t-stitch": _t_stitch,
     "srdiffusion": _hybrid,
-    "ras": _ras,
+    "ras": _without_small,
+    "multirate": _without_small,
 }

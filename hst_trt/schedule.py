@@ -1,4 +1,5 @@
-"""Sigmas, timesteps and solver steps of a request: diffusers' FlowMatchEulerDiscreteScheduler without torch, and more solvers.
+"""Sigmas, timesteps and solver steps of a request: diffusers' FlowMatchEulerDiscreteScheduler without torch, and what goes
+further with few steps: another spacing, another shift, solvers of second order.
 
 Only the settings of SD3-family models are taken; a scheduler that injects fresh noise is refused, because keys, values and
 scores cached at one step would not hold at the next.
@@ -8,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .errors import IncompatibleError, RequestError
 
-__all__ = ["MAX_STEPS", "SOLVERS", "FlowMatchEuler", "Solver", "StepTable"]
+__all__ = ["AS_DIFFUSERS", "MAX_STEPS", "SOLVERS", "FlowMatchEuler", "Sampling", "Solver", "StepTable", "TimestepSpacing"]
 
 Solver = Literal["euler", "ab2", "dpmpp-2m"]
+TimestepSpacing = Literal["linspace", "trailing"]
 
 MAX_STEPS = 1000
 """The length of a request's step table on the device, and so the most steps: as many as SD3 models were trained with."""
+
+MAX_SHIFT = 100.0
 
 _REFUSED = (
     "use_dynamic_shifting",
@@ -33,11 +38,47 @@ _REFUSED = (
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the way from noise to picture is cut into steps, and how a step is taken.
+
+    Attributes:
+        solver: how velocities become the next latents; see `SOLVERS`.
+        timestep_spacing: "linspace" as diffusers runs SD3: evenly, down to the first training timestep, and from there to 0,
+            so that the last call of any run moves next to nothing. "trailing": evenly down to 0 (Lin et al., Common
+            Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891).
+        shift: of sigmas, s -> shift s / (1 + (shift - 1) s); None for the pair's own. More puts more steps where
+            noise is high.
+
+    Raises:
+        RequestError: an unknown solver or spacing, or a shift that is not positive.
+    """
+
+    solver: Solver = "euler"
+    timestep_spacing: TimestepSpacing = "linspace"
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("solver", self.solver, get_args(Solver)),
+            ("timestep spacing", self.timestep_spacing, get_args(TimestepSpacing)),
+        ):
+            if value not in known:
+                raise RequestError(f"unknown {what} {value!r}", fix=f"choose one of {', '.join(known)}")
+        if self.shift is not None and not (isinstance(self.shift, Real) and 0 < self.shift <= MAX_SHIFT):
+            raise RequestError(f"shift {self.shift!r} is outside (0, {MAX_SHIFT:g}]", fix="3 is SD3's; 2 to 6 are usual")
+
+
+AS_DIFFUSERS = Sampling()
+"""How diffusers' pipelines sample SD3."""
+
+
+@dataclass(frozen=True)
 class StepTable:
     """What the loop needs of every step.
 
-    timesteps: float32 [N], what the transformers are fed. sigmas: float32 [N+1], from 1 to 0. coefficients: float32 [N, 5],
-    a to e of the solver's steps, see `SOLVERS`.
+    timesteps: float32 [N], what the transformers are fed. sigmas: float32 [N+1], from 1 to 0. coefficients: float32 [N, 6],
+    a to e of the solver's steps, see `SOLVERS`, and f: the velocity of the step before and the change up to it times f are
+    this step's, if it goes on in a straight line.
     """
 
     timesteps: np.ndarray
@@ -70,7 +111,7 @@ class FlowMatchEuler:
             )
         return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
 
-    def table(self, num_inference_steps: int, solver: Solver = "euler") -> StepTable:
+    def table(self, num_inference_steps: int, sampling: Sampling = AS_DIFFUSERS) -> StepTable:
         """The steps of a request.
 
         Raises:
@@ -82,39 +123,64 @@ class FlowMatchEuler:
                 f"num_inference_steps {num_inference_steps} is outside 1 .. {most}",
                 fix="20 to 50 steps are usual",
             )
-        # diffusers shifts the training sigmas once to find the ends, and the linear ramp between them once more.
-        ends = self._shifted(np.array([self.num_train_timesteps, 1], np.float32) / np.float32(self.num_train_timesteps))
-        start, stop = (float(end) * self.num_train_timesteps for end in ends)
-        ramp = np.linspace(start, stop, num_inference_steps)
-        sigmas = self._shifted(ramp / self.num_train_timesteps).astype(np.float32)
+        shift = self.shift if sampling.shift is None else float(sampling.shift)
+        if sampling.timestep_spacing == "trailing":
+            ramp = np.linspace(1, 0, num_inference_steps + 1)[:-1]
+        else:  # diffusers shifts the training sigmas once to find the ends, and the linear ramp between them once more.
+            ends = _shifted(np.array([self.num_train_timesteps, 1], np.float32) / np.float32(self.num_train_timesteps), shift)
+            start, stop = (float(end) * self.num_train_timesteps for end in ends)
+            ramp = np.linspace(start, stop, num_inference_steps) / self.num_train_timesteps
+        sigmas = _shifted(ramp, shift).astype(np.float32)
         ends_at_zero = np.append(sigmas, np.float32(0.0))
-        coefficients = SOLVERS[solver](ends_at_zero.astype(np.float64)).astype(np.float32)
-        return StepTable(sigmas * np.float32(self.num_train_timesteps), ends_at_zero, coefficients)
+        exact = ends_at_zero.astype(np.float64)
+        coefficients = np.column_stack([SOLVERS[sampling.solver](exact, shift), _straight_on(exact, shift)])
+        return StepTable(sigmas * np.float32(self.num_train_timesteps), ends_at_zero, coefficients.astype(np.float32))
 
-    def _shifted(self, sigmas: np.ndarray) -> np.ndarray:
-        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+def _shifted(times: np.ndarray, shift: float) -> np.ndarray:
+    """Sigmas from the times they were shifted from."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def _unshifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    return sigmas / (shift - (shift - 1) * sigmas)
+
+
+def _straight_on(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """f of `StepTable`, [N]: 0 as long as two velocities are not known. Straight is meant in the time before the shift."""
+    steps = np.diff(_unshifted(sigmas, shift))[:-1]
+    return np.concatenate([np.zeros(min(2, len(sigmas) - 1)), steps[1:] / steps[:-1]])
 
 
 # -- solvers ---------------------------------------------------------------------------------------------------------
-def _euler(sigmas: np.ndarray) -> np.ndarray:
+def _euler(sigmas: np.ndarray, shift: float = 1.0) -> np.ndarray:
     """x' = x + dsigma v."""
     table = np.zeros((len(sigmas) - 1, 5))
     table[:, 0], table[:, 1] = 1, np.diff(sigmas)
     return table
 
 
-def _adams_bashforth(sigmas: np.ndarray) -> np.ndarray:
-    """Two steps, of unequal length: x' = x + dsigma ((1 + w) v - w v_last) with w = dsigma / (2 dsigma_last). Hairer, Norsett
-    and Wanner, Solving Ordinary Differential Equations I, III.5."""
+def _adams_bashforth(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Two steps, of unequal length (Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, III.5): the velocity
+    goes on as the straight line through the last two, and x' = x + its integral over sigma.
+
+    The line is straight in the time that sigmas were shifted from, which steps divide evenly: at the end, where steps are long
+    in sigma, it is then trusted less. Without a shift this is the textbook's x' = x + dsigma ((1 + w) v - w v_last) with
+    w = dsigma / (2 dsigma_last).
+    """
     table = _euler(sigmas)
-    steps = np.diff(sigmas)
-    share = steps[1:] / (2 * steps[:-1])
-    table[1:, 1], table[1:, 2] = steps[1:] * (1 + share), -steps[1:] * share
+    times = _unshifted(sigmas, shift)
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    for t in range(1, len(table)):
+        half = (sigmas[t + 1] - sigmas[t]) / 2
+        inside = _unshifted(sigmas[t] + half * (1 + nodes), shift)
+        extra = half * (weights * (inside - times[t])).sum() / (times[t] - times[t - 1])
+        table[t, 1:3] = 2 * half + extra, -extra
     table[:, 4] = 1  # h = v
     return table
 
 
-def _dpm_solver(sigmas: np.ndarray) -> np.ndarray:
+def _dpm_solver(sigmas: np.ndarray, shift: float) -> np.ndarray:
     """DPM-Solver++(2M) of Lu et al. (arXiv 2211.01095) for alpha = 1 - sigma. It extrapolates the predicted picture
     D = x - sigma v in lambda = log(alpha / sigma). The first step and the last, where lambda is not finite, are Euler's."""
     table = _euler(sigmas)
@@ -127,10 +193,10 @@ def _dpm_solver(sigmas: np.ndarray) -> np.ndarray:
     return table
 
 
-SOLVERS: Mapping[Solver, Callable[[np.ndarray], np.ndarray]] = {
+SOLVERS: Mapping[Solver, Callable[[np.ndarray, float], np.ndarray]] = {
     "euler": _euler,
     "ab2": _adams_bashforth,
     "dpmpp-2m": _dpm_solver,
 }
-"""Linear solvers of one velocity a step. From sigmas [N+1] to rows (a, b, c, d, e): from latents x, velocity v and memory h,
-which is 0 at first, the next latents are ``a x + b v + c h`` and the next memory is ``d x + e v``."""
+"""Linear solvers of one velocity a step. From sigmas [N+1] and their shift to rows (a, b, c, d, e): from latents x, velocity v
+and memory h, which is 0 at first, the next latents are ``a x + b v + c h`` and the next memory is ``d x + e v``."""

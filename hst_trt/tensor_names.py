@@ -22,6 +22,7 @@ GLUE = (
     "select",
     "count",
     "change",
+    "extrapolate",
     "integrate",
     "finite",
 )

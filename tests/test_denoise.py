@@ -19,7 +19,7 @@ from hst_trt.denoise import denoise
 from hst_trt.models.sd3 import TokenTransformer, patchify
 from hst_trt.noise import torch_randn
 from hst_trt.plan import AdaptiveSwitch, MaskRule, PlanRequest, Stage, StitchPlan, make_plan, token_buckets
-from hst_trt.schedule import FlowMatchEuler, StepTable
+from hst_trt.schedule import FlowMatchEuler, Sampling, StepTable
 from hst_trt.workspace import RequestShape, Workspace
 
 H, W, STEPS = 6, 10, 10
@@ -62,7 +62,8 @@ class Reference:
         plan, rule = self.plan, self.plan.mask or MaskRule()
         everything = list(range(N))
         difference, scores, age = torch.zeros_like(x), torch.zeros(N), torch.zeros(N)
-        sketch = last_sketch = last_velocity = torch.zeros_like(x)
+        sketch = last_sketch = torch.zeros_like(x)
+        velocities: list[Tensor] = []
         mask: list[int] = []
         counts = []
         past: tuple[Tensor, Tensor] | None = None
@@ -72,7 +73,7 @@ class Reference:
             if step.small:
                 sketch = self.velocity(self.small, x, t, everything)
             elif step.redraw or 0 < len(tokens) < N:
-                sketch = last_velocity
+                sketch = self.straight_on(velocities, t) if plan.request.schedule == "multirate" else velocities[-1]
             faded = plan.correction * difference
             compares = len(tokens) < N or step.small or step.redraw
             velocity = sketch + faded
@@ -105,17 +106,27 @@ class Reference:
                     count = next(b for b in plan.request.buckets if b >= exceeding)
                 mask = sorted(ranked[:count]) if count < N else everything
             x, past = self.step(x, velocity, t, past), (x, velocity)
-            last_velocity, last_sketch = velocity, sketch
+            velocities.append(velocity)
+            last_sketch = sketch
         return x, counts
+
+    def straight_on(self, velocities: list[Tensor], t: int) -> Tensor:
+        """The line through the last two velocities, at this step's time: the one that sigma was shifted from, by 3."""
+        if t < 2:
+            return velocities[-1]
+        earlier, last, now = (sigma / (3 - 2 * sigma) for sigma in map(float, self.table.sigmas[t - 2 : t + 1]))
+        return velocities[-1] + (now - last) / (last - earlier) * (velocities[-1] - velocities[-2])
 
     def step(self, x: Tensor, v: Tensor, t: int, past: tuple[Tensor, Tensor] | None) -> Tensor:
         """The solver's formula as its paper has it."""
         sigma, then = (float(s) for s in self.table.sigmas[t : t + 2])
         last = float(self.table.sigmas[t - 1]) if past else math.nan
-        if self.plan.solver == "ab2" and past:
-            slope = (v - past[1]) / (sigma - last)  # the velocity goes on in a straight line
-            return x + (then - sigma) * v + (then - sigma) ** 2 / 2 * slope
-        if self.plan.solver == "dpmpp-2m" and past and last < 1 and then > 0:
+        if self.plan.sampling.solver == "ab2" and past:  # the velocity goes on in a straight line of the time before the shift
+            time = lambda s: s / (3 - 2 * s)
+            nodes = np.linspace(sigma, then, 20001)
+            share = np.trapezoid([(time(s) - time(sigma)) / (time(sigma) - time(last)) for s in nodes], nodes)
+            return x + (then - sigma) * v + share * (v - past[1])
+        if self.plan.sampling.solver == "dpmpp-2m" and past and last < 1 and then > 0:
             now_h, last_h = (math.log((1 - b) / b) - math.log((1 - a) / a) for a, b in ((sigma, then), (last, sigma)))
             clean, last_clean = x - sigma * v, past[0] - last * past[1]
             ahead = clean + now_h / last_h / 2 * (clean - last_clean)
@@ -134,7 +145,7 @@ def start(images: int = 1) -> np.ndarray:
 def workspace(models, plan: StitchPlan, images: int = 1) -> Workspace:
     ws = Workspace(torch_backend(*models), spec_of(*models), RequestShape(images, True, H, W))
     text = random_text(2 * images, ws.spec)
-    ws.begin(start(images), text, FlowMatchEuler(3.0).table(STEPS, plan.solver), 3.0, plan.mask, plan.correction)
+    ws.begin(start(images), text, FlowMatchEuler(3.0).table(STEPS, plan.sampling), 3.0, plan.mask, plan.correction)
     return ws
 
 
@@ -151,13 +162,15 @@ def workspace(models, plan: StitchPlan, images: int = 1) -> Workspace:
         dict(schedule="ras", stages=(3, 7, 0), mask=MaskRule(ratio=0.3, starvation=0.2)),
         dict(schedule="t-stitch", stages=(4, 0, 6)),
         dict(schedule="srdiffusion", stages=(4, 0, 6)),
-        dict(stages=(2, 6, 2), solver="ab2"),
-        dict(stages=(2, 6, 2), correction=0.9, solver="dpmpp-2m"),
-        dict(schedule="large", solver="dpmpp-2m"),
+        dict(schedule="multirate", stages=(3, 7, 0), mask=MaskRule(ratio=0.3, starvation=0.2)),
+        dict(schedule="multirate", sampling=Sampling("ab2", "trailing")),
+        dict(stages=(2, 6, 2), sampling=Sampling("ab2")),
+        dict(stages=(2, 6, 2), correction=0.9, sampling=Sampling("dpmpp-2m")),
+        dict(schedule="large", sampling=Sampling("dpmpp-2m")),
     ],
     ids=[
         "hybrid", "no-large-stage", "refresh-and-drift", "starvation", "threshold", "split", "ras", "t-stitch", "srdiffusion",
-        "ab2", "dpmpp-2m", "large-dpmpp-2m",
+        "multirate", "multirate-trailing", "ab2", "dpmpp-2m", "large-dpmpp-2m",
     ],
 )  # fmt: skip
 def test_every_schedule_computes_what_the_method_says(kind: str, settings: dict) -> None:
@@ -206,7 +219,7 @@ def test_a_workspace_serves_one_request_after_another_without_a_trace() -> None:
     expected = ws.latents
     for plan in (other, first):
         text = random_text(2, ws.spec)
-        ws.begin(start(), text, FlowMatchEuler(3.0).table(STEPS, plan.solver), 3.0, plan.mask, plan.correction)
+        ws.begin(start(), text, FlowMatchEuler(3.0).table(STEPS, plan.sampling), 3.0, plan.mask, plan.correction)
         denoise(ws, plan)
     np.testing.assert_array_equal(ws.latents, expected)
 

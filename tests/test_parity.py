@@ -18,9 +18,10 @@ from diffusers import (
 from transformers import AutoTokenizer
 
 import hst_trt
+from hst_trt.errors import RequestError
 from hst_trt.noise import start_noise, torch_randn
 from hst_trt.pipeline import HybridStitchPipeline
-from hst_trt.schedule import SOLVERS, FlowMatchEuler, Solver, StepTable
+from hst_trt.schedule import SOLVERS, FlowMatchEuler, Sampling, Solver, StepTable
 from hst_trt.tokenizer import PromptTokenizer
 
 PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
@@ -103,13 +104,41 @@ def test_steps_are_those_of_diffusers_scheduler(shift: float, steps: int) -> Non
     assert (np.diff(table.sigmas) < 0).all()
     euler = np.zeros((steps, 5), np.float32)
     euler[:, 0], euler[:, 1] = 1, np.diff(table.sigmas)
-    np.testing.assert_array_equal(table.coefficients, euler)
+    np.testing.assert_array_equal(table.coefficients[:, :5], euler)
+
+
+def test_trailing_steps_lie_evenly_down_to_zero_before_the_shift() -> None:
+    for steps, shift in ((1, 1.0), (4, 3.0), (9, 5.0)):
+        table = FlowMatchEuler(3.0).table(steps, Sampling(timestep_spacing="trailing", shift=shift))
+        times = table.sigmas / (shift - (shift - 1) * table.sigmas)
+        np.testing.assert_allclose(times, np.linspace(1, 0, steps + 1), atol=1e-6)
+        np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], rtol=1e-6)
+        np.testing.assert_allclose(table.coefficients[2:, 5], 1, atol=1e-4)
+    moved = [
+        -np.diff(FlowMatchEuler(3.0).table(7, Sampling(timestep_spacing=kind)).sigmas)[-1] for kind in ("linspace", "trailing")
+    ]
+    assert moved[0] < 0.01 < 0.3 < moved[1], "diffusers' last call moves next to nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(solver="heun"), "unknown solver 'heun'"),
+        (dict(timestep_spacing="leading"), "unknown timestep spacing 'leading'"),
+        (dict(shift=0), "shift 0 is outside"),
+        (dict(shift=math.nan), "shift nan is outside"),
+        (dict(shift="3"), "shift '3' is outside"),
+    ],
+)
+def test_a_sampling_that_cannot_be_is_refused(settings: dict, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        Sampling(**settings)
 
 
 def integrated(table: StepTable, velocity: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray) -> np.ndarray:
     """From sigma 1 to 0 by a step table, in float64."""
     memory = np.zeros_like(x)
-    for sigma, (a, b, c, d, e) in zip(table.sigmas, table.coefficients.astype(np.float64), strict=False):
+    for sigma, (a, b, c, d, e, _) in zip(table.sigmas, table.coefficients.astype(np.float64), strict=False):
         v = velocity(x, float(sigma))
         x, memory = a * x + b * v + c * memory, d * x + e * v
     return x
@@ -118,7 +147,7 @@ def integrated(table: StepTable, velocity: Callable[[np.ndarray, float], np.ndar
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("steps", [1, 2, 3, 9, 28])
 def test_dpmpp_2m_steps_are_those_of_diffusers_scheduler(steps: int) -> None:
-    table = FlowMatchEuler(3.0).table(steps, "dpmpp-2m")
+    table = FlowMatchEuler(3.0).table(steps, Sampling("dpmpp-2m"))
     scheduler = DPMSolverMultistepScheduler(
         solver_order=2,
         prediction_type="flow_prediction",
@@ -151,14 +180,19 @@ def test_a_solver_has_its_order(solver: Solver, order: int) -> None:
         clean = m + (1 - sigma) * s**2 / spread * (x - (1 - sigma) * m)
         return (x - clean) / max(sigma, 1e-9)
 
-    errors = [np.abs(integrated(FlowMatchEuler().table(n, solver), velocity, noise) - (m + s * noise)).max() for n in (40, 80)]
+    errors = [
+        np.abs(integrated(FlowMatchEuler().table(n, Sampling(solver)), velocity, noise) - (m + s * noise)).max()
+        for n in (40, 80)
+    ]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
 
 def test_every_solver_is_exact_where_the_flow_is_straight() -> None:
     for solver in SOLVERS:
         for steps in (1, 2, 7):
-            x = integrated(FlowMatchEuler(3.0).table(steps, solver), lambda x, sigma: np.full(3, 0.25), np.arange(3.0))
+            x = integrated(
+                FlowMatchEuler(3.0).table(steps, Sampling(solver)), lambda x, sigma: np.full(3, 0.25), np.arange(3.0)
+            )
             np.testing.assert_allclose(x, np.arange(3.0) - 0.25, atol=1e-6)
 
 

@@ -64,8 +64,8 @@ def test_without_large_steps_the_first_hybrid_step_is_a_full_call() -> None:
 
 def test_a_refresh_is_a_full_call_that_no_mask_is_drawn_for() -> None:
     steps = plan(stages=(2, 9, 17), refresh_every=3).steps
-    assert [step.large_tokens for step in steps[2:11]] == [80, 80, 80, N, 80, 80, N, 80, 80]
-    assert [step.redraw for step in steps[2:11]] == [True, True, False, True, True, False, True, True, False]
+    assert [step.large_tokens for step in steps[2:11]] == [80, 80, N, 80, 80, N, 80, 80, N]
+    assert [step.redraw for step in steps[2:11]] == [True, False, True, True, False, True, True, False, False]
 
 
 def test_by_default_more_than_eight_hybrid_steps_get_one_refresh_in_the_middle() -> None:
@@ -84,6 +84,21 @@ def test_ras_keeps_large_alone_and_masks_after_two_full_steps() -> None:
     assert not any(step.small for step in steps)
     with pytest.raises(RequestError, match="two full steps"):
         plan("ras", stages=(1, 27, 0))
+
+
+def test_multirate_masks_every_second_step_of_its_second_half() -> None:
+    steps = plan("multirate", steps=12).steps
+    assert [step.large_tokens for step in steps] == [N] * 6 + [80, N] * 3
+    assert [step.redraw for step in steps] == [False] * 5 + [True, False] * 3 + [False]
+    assert [step.extrapolate for step in steps] == [False] * 5 + [True] * 6 + [False]
+    assert not any(step.small for step in steps)
+    assert [step.large_tokens for step in plan("multirate", stages=(3, 5, 0), steps=8, refresh_every=0).steps] == [N] * 3 + [
+        80
+    ] * 5
+    with pytest.raises(RequestError, match="two full steps"):
+        plan("multirate", stages=(1, 27, 0))
+    with pytest.raises(RequestError, match="no small stage"):
+        plan("multirate", stages=(3, 20, 5))
 
 
 def test_a_correction_makes_the_last_large_step_compare_both_models() -> None:

@@ -136,9 +136,11 @@ class CalibratedEntry(_Entry):
 
     stages: tuple[int, int, int]  # large, hybrid and small steps
     solver: Solver
+    shift: float | None = Field(gt=0, allow_inf_nan=False)  # of sigmas; null for the pair's own
     ratio: float = Field(ge=0, lt=1)  # of the mask; 0 without hybrid steps
     correction: float = Field(ge=0, le=1)
-    refresh: bool  # one full large call in the middle of the hybrid steps
+    refresh: int = Field(ge=0)  # every so manyth hybrid step is a full large call
+    multirate: bool  # tokens outside the mask follow their own past, not the small model
     distance: float = Field(ge=0, allow_inf_nan=False)
 
 

@@ -18,7 +18,7 @@ LEAST_PROMPTS = 4
 @click.command()
 @BUNDLE
 @PROMPTS
-@click.option("--schedules", "count", type=int, default=200, show_default=True, help="How many schedules to measure.")
+@click.option("--schedules", "count", type=int, default=300, show_default=True, help="How many schedules to measure.")
 @size_options
 @click.option("--baseline-steps", type=int, help="Steps of the large-only run that speed-ups are over; the bundle's default.")
 @click.option("--converged-steps", type=int, default=80, show_default=True, help="Steps of the run that distances are to.")
@@ -47,7 +47,7 @@ def calibrate(
     if len(prompts) < LEAST_PROMPTS:
         raise RequestError(f"{len(prompts)} prompts say too little of a pair", fix=f"give {LEAST_PROMPTS} or more; 16 are good")
     if count < 1:
-        raise RequestError(f"--schedules {count} is not positive", fix="200 is the default")
+        raise RequestError(f"--schedules {count} is not positive", fix="300 is the default")
 
     from ..compare.rows import Prompt
     from ..pipeline import HybridStitchPipeline

@@ -15,7 +15,7 @@ from ..compare.rows import NamedSchedule
 from ..errors import MissingError, RequestError
 from ..plan import MaskRule, Schedule
 from ..planner.choose import Budget
-from ..schedule import Solver
+from ..schedule import Solver, TimestepSpacing
 
 __all__ = [
     "BUNDLE",
@@ -84,6 +84,14 @@ _SCHEDULE = (
         show_default=True,
         help="How velocities become the next latents; the others are of second order.",
     ),
+    click.option(
+        "--timestep-spacing",
+        type=click.Choice(get_args(TimestepSpacing)),
+        default="linspace",
+        show_default=True,
+        help="Where steps lie: as diffusers has them, or evenly down to 0, which is better with few.",
+    ),
+    click.option("--shift", type=float, help="Sigma shift; more puts more steps where noise is high. [default: the pair's]"),
     click.option("--adaptive", is_flag=True, help="End the large stage when the velocity settles (SRDiffusion's rule)."),
 )
 _SIZE = (
@@ -149,6 +157,8 @@ def plan_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "correction": options["correction"],
         "adaptive": options["adaptive"],
         "solver": options["solver"],
+        "timestep_spacing": options["timestep_spacing"],
+        "shift": options["shift"],
     }
 
 

@@ -66,6 +66,10 @@ def _options(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"--correction {correction:g}"
     if (solver := settings.get("solver", "euler")) != "euler":
         yield f"--solver {solver}"
+    if (spacing := settings.get("timestep_spacing", "linspace")) != "linspace":
+        yield f"--timestep-spacing {spacing}"
+    if (shift := settings.get("shift")) is not None:
+        yield f"--shift {shift:g}"
     if settings.get("adaptive"):
         yield "--adaptive"
 

@@ -7,6 +7,7 @@ stitching alone does. Everything is paired: the same prompts, noise and machine,
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..bench import Sample
 from ..errors import MissingError, RequestError
 from ..pipeline import HybridStitchPipeline
 from ..plan import Schedule, StitchPlan
-from ..schedule import Solver
+from ..schedule import AS_DIFFUSERS, Sampling
 from .gallery import Case, Gallery
 from .measures import Kid, interval, mean_interval, psnr, ssim, wilson
 from .rows import NamedSchedule
@@ -28,9 +29,12 @@ from .store import digest
 if TYPE_CHECKING:
     from .features import Features
 
-__all__ = ["CONVERGED_STEPS", "Compared", "Comparison", "Figure", "compare"]
+__all__ = ["CONVERGED_SAMPLING", "CONVERGED_STEPS", "Compared", "Comparison", "Figure", "compare"]
 
 CONVERGED_STEPS = 80
+CONVERGED_SAMPLING = Sampling("ab2", "trailing")
+"""What comes nearest to no step length at all with so many steps."""
+
 LEAST_PROMPTS = 2
 CONVERGED = "converged"
 LEAST_FOR_KID = 10
@@ -156,12 +160,12 @@ def compare(
     drawn = {row.name: row for row in rows}
     same_steps = {}
     for name, plan in plans.items():
-        twin = _large(f"large, {len(plan.steps)} steps, {plan.solver}", len(plan.steps), plan.solver)
+        twin = _large(f"large, {len(plan.steps)} steps, {_described(plan.sampling)}", len(plan.steps), plan.sampling)
         wanted = pipeline.plan(**twin.arguments(), **shape)
         same_steps[name] = next((other for other, made in plans.items() if made == wanted), twin.name)
         if same_steps[name] == twin.name:
             drawn[twin.name] = twin
-    reference = drawn[CONVERGED] = _large(CONVERGED, converged_steps, "dpmpp-2m")
+    reference = drawn[CONVERGED] = _large(CONVERGED, converged_steps, CONVERGED_SAMPLING)
 
     gallery = Gallery(folder / f"pictures-{_key(pipeline, drawn, shape)}", {n: _Sized(r, shape) for n, r in drawn.items()})
     gallery.draw(pipeline, cases, say)
@@ -194,9 +198,13 @@ def compare(
     return Comparison(cases, tuple(map(compared, rows)), reference, measures, notes, gallery)
 
 
-def _large(name: str, steps: int, solver: Solver = "euler") -> NamedSchedule:
+def _large(name: str, steps: int, sampling: Sampling = AS_DIFFUSERS) -> NamedSchedule:
     schedule: Schedule = "large"
-    return NamedSchedule(name, {"schedule": schedule, "num_inference_steps": steps, "solver": solver})
+    return NamedSchedule(name, {"schedule": schedule, "num_inference_steps": steps, **dataclasses.asdict(sampling)})
+
+
+def _described(sampling: Sampling) -> str:
+    return ", ".join(str(value) for value in dataclasses.astuple(sampling) if value is not None)
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,15 @@ import numpy as np
 
 from ..bundle import CalibratedEntry, CalibrationEntry, save_calibration
 from ..compare.gallery import Case
-from ..compare.run import CONVERGED_STEPS
+from ..compare.run import CONVERGED_SAMPLING, CONVERGED_STEPS
 from ..compare.store import digest
 from ..errors import RequestError
 from ..pipeline import HybridStitchPipeline
 from ..plan import StitchPlan
-from ..schedule import Solver
 from ..workspace import RequestShape
 from .choose import calibration_of
 from .model import DistanceModel, fitter
-from .space import LEAST_STEPS, Point, Space
+from .space import LEAST_STEPS, Point, Space, point_of
 
 __all__ = ["Calibrator", "calibrate"]
 
@@ -137,23 +136,23 @@ class Calibrator:
         self._pipeline, self._cases = pipeline, cases
         self._size = {"height": calibration.height, "width": calibration.width}
         self._steps = max(LEAST_STEPS, calibration.baseline_steps)
-        self.space = Space(self._steps, tuple(ratio for ratio in pipeline.bundle.manifest.bucket_ratios if ratio < 1))
-        self.measured = {Point(e.stages, e.solver, e.ratio, e.correction, e.refresh): e.distance for e in known}
+        ratios = tuple(ratio for ratio in pipeline.bundle.manifest.bucket_ratios if ratio < 1)
+        self.space = Space(self._steps, ratios, pipeline.scheduler.shift)
+        self.measured = {point_of(entry): entry.distance for entry in known}
         self._costs = pipeline.costs(RequestShape(1, calibration.guidance_scale > 1, *pipeline.grid(**self._size)))
-        self._sigmas = {n: pipeline.scheduler.table(n).sigmas for n in range(LEAST_STEPS, self._steps + 1)}
         self._plans: dict[Point, StitchPlan] = {}
         self._converged_steps = calibration.converged_steps
 
     @functools.cached_property
     def _converged(self) -> np.ndarray:
         """What distances are to; drawn only if there is something to measure."""
-        solver: Solver = "dpmpp-2m"
-        return self._latents({"schedule": "large", "num_inference_steps": self._converged_steps, "solver": solver})
+        sampling = dataclasses.asdict(CONVERGED_SAMPLING)
+        return self._latents({"schedule": "large", "num_inference_steps": self._converged_steps, **sampling})
 
     def run(self, count: int) -> Iterator[Point]:
         """Measures until there are `count` points, or no more to find; gives each one after it was measured."""
         rng = np.random.default_rng(0)
-        first = self.space.large_only(range(LEAST_STEPS, self._steps + 1))
+        first = self.space.large_only()
         first += [self.space.random(rng) for _ in range(max(SPREAD, count // 4))]
         while len(self.measured) < count and (points := first or self._promising(rng)):
             for point in points:
@@ -163,15 +162,23 @@ class Calibrator:
                     yield point
             first = []
 
-    def speedup(self, point: Point) -> float:
-        """Of the loop over the baseline, by the costs of calls."""
+    def _sigmas_of(self, point: Point) -> np.ndarray:
+        """[N+1]"""
+        sampling = self._plan(point).sampling
+        return self._pipeline.scheduler.table(point.steps, sampling).sigmas
+
+    def _plan(self, point: Point) -> StitchPlan:
         if point not in self._plans:
             self._plans[point] = self._pipeline.plan(**point.settings, **self._size)
-        return self._steps / self._plans[point].cost(self._costs)
+        return self._plans[point]
+
+    def speedup(self, point: Point) -> float:
+        """Of the loop over the baseline, by the costs of calls."""
+        return self._steps / self._plan(point).cost(self._costs)
 
     def _promising(self, rng: np.random.Generator) -> list[Point]:
         """For each of many budgets the point not yet measured that the model expects most of; then any; then none."""
-        model = DistanceModel(self.measured, self._sigmas)
+        model = DistanceModel(self.measured, self._sigmas_of)
         pool = {self.space.random(rng) for _ in range(CANDIDATES // 2)}
         best = sorted(self.measured, key=self.measured.__getitem__)
         frontier = [p for i, p in enumerate(best) if all(self.speedup(p) > self.speedup(q) for q in best[:i])]

@@ -12,7 +12,7 @@ from ..errors import MissingError, RequestError
 from ..machine import Machine
 from ..plan import is_number
 from ..workspace import RequestShape
-from .space import Point
+from .space import Point, point_of
 
 __all__ = ["Budget", "Choice", "Option", "calibration_of", "choose", "frontier"]
 
@@ -104,7 +104,7 @@ def choose(
             found=f"the fastest that was calibrated has {fastest.speedup:.2f}x{seconds}",
             fix="ask for less",
         )
-    alone = next((option for option in inside if option.point.settings["schedule"] == "large"), None)
+    alone = next((option for option in inside if option.point.large_only), None)
     return Choice(inside[0], tuple(inside[1 : 1 + RUNNERS_UP]), alone, calibration, costs)
 
 
@@ -150,7 +150,7 @@ def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) ->
     baseline, _ = loop({"schedule": "large", "num_inference_steps": calibration.baseline_steps})
     options = []
     for entry in calibration.schedules:
-        point = Point(entry.stages, entry.solver, entry.ratio, entry.correction, entry.refresh)
+        point = point_of(entry)
         cost, seconds = loop(point.settings)
         options.append(Option(point, entry.distance, baseline / cost, seconds))
     return options

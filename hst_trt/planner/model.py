@@ -3,11 +3,12 @@
 Two things part a picture from the converged large model's: steps of finite length, and velocities that are not the large
 model's. Taken as independent,
 
-    distance^2 = steps(N, solver)^2 + alone^2,    alone = sum over steps of |dsigma| g(sigma) f(step)
+    distance^2 = steps(N, solver, shift)^2 + alone^2
+    alone = sum over steps of |dsigma| g(sigma) f(step)  +  sum over extrapolated steps of |dsigma|^p h(sigma, ratio)
 
-where ``steps`` is the measured distance of the large model alone, ``g`` says what a wrong velocity at that noise level does
-to the picture, and ``f`` is 0 for a full large call, 1 for the small model alone, and less where a mask or the correction
-helps. ``g`` and ``f`` have 18 numbers, which are fitted.
+where ``steps`` is the measured distance of the large model alone, ``g`` says what the small model's velocity does to the
+picture at that noise level, and ``f`` is 0 for a full large call, 1 for the small model alone, and less where a mask or the
+correction helps; ``h`` is for tokens that follow their own past. The 23 numbers in ``p``, ``g``, ``f`` and ``h`` are fitted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingError
+from ..schedule import Solver
 from .space import CORRECTIONS, SOLVERS, Point
 
 __all__ = ["DistanceModel", "fitter"]
@@ -30,7 +32,8 @@ _MASK = slice(_G, _G + 3)  # logarithm of f under a mask: a constant, and by rat
 _MASKED = slice(_MASK.stop, _MASK.stop + len(CORRECTIONS) - 1)  # added by each correction but 0, under a mask
 _SMALL = slice(_MASKED.stop, _MASKED.stop + len(CORRECTIONS) - 1)  # and where the small model is alone
 _SOLVER = slice(_SMALL.stop, _SMALL.stop + len(SOLVERS) - 1)  # added to the logarithm of `alone` by each solver but the first
-_START = np.concatenate([np.full(_G, -1.0), [-0.5, -2.0, 0.0], np.zeros(_SOLVER.stop - _MASK.stop)])
+_OWN = slice(_SOLVER.stop, _SOLVER.stop + 5)  # logarithm of h: a constant, by sigma, by ratio and its square; and p
+_START = np.concatenate([np.full(_G, -1.0), [-0.5, -2.0, 0.0], np.zeros(_SOLVER.stop - _MASK.stop), [1.0, 0.0, -3.0, 0.0, 2.0]])
 
 _LOOSE = 0.05
 """How strongly parameters are held where nothing that was measured says what they are."""
@@ -40,17 +43,19 @@ class DistanceModel:
     """The fitted model.
 
     Args:
-        measured: distances by point; the large model alone must be among them at every number of steps and solver that is
-            ever asked for.
-        sigmas: by number of steps, [N+1].
-
+        measured: distances by point; the large model alone must be among them with every solver and shift that is ever asked
+            for. Step counts between those that were measured are interpolated.
+        sigmas: of a point, [N+1].
     """
 
-    def __init__(self, measured: Mapping[Point, float], sigmas: Mapping[int, np.ndarray]) -> None:
+    def __init__(self, measured: Mapping[Point, float], sigmas: Callable[[Point], np.ndarray]) -> None:
         least_squares = fitter()
         self._sigmas = sigmas
-        self._steps = {(p.steps, p.solver): d for p, d in measured.items() if p.stages == (p.steps, 0, 0)}
-        points = [point for point in measured if point.stages != (point.steps, 0, 0)]
+        self._alone: dict[tuple[Solver, float | None], list[tuple[float, float]]] = {}
+        for point, distance in sorted(measured.items(), key=lambda item: item[0].steps):
+            if point.large_only:
+                self._alone.setdefault((point.solver, point.shift), []).append((np.log(point.steps), np.log(distance)))
+        points = [point for point in measured if not point.large_only]
         table, wanted = self._table(points), np.log([measured[point] for point in points])
 
         def residuals(parameters: np.ndarray) -> np.ndarray:
@@ -63,22 +68,27 @@ class DistanceModel:
         """Logarithms of the expected distances, [points]."""
         return _log_distance(self._parameters, *self._table(points))
 
+    def _large_only(self, point: Point) -> float:
+        """The distance of the large model alone with a point's steps."""
+        steps, distances = zip(*self._alone[point.solver, point.shift], strict=True)
+        return float(np.exp(np.interp(np.log(point.steps), steps, distances)))
+
     def _table(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of points: |dsigma| by step and kind [points, 2, steps] (masked, small alone), sigma in the middle of each step, the
-        distance of the large model alone [points], and ratio, correction and solver as numbers [points, 3]."""
+        """Of points: |dsigma| by step and kind [points, 3, steps] (masked, small alone, extrapolated), sigma in the middle of
+        each step, the distance of the large model alone [points], and ratio, correction and solver as numbers [points, 3]."""
         most = max(point.steps for point in points)
-        ways, middles = np.zeros((len(points), 2, most)), np.zeros((len(points), most))
+        ways, middles = np.zeros((len(points), 3, most)), np.zeros((len(points), most))
         for i, point in enumerate(points):
-            sigmas, (large, hybrid, _) = self._sigmas[point.steps], point.stages
-            way = -np.diff(sigmas)
+            sigmas, (large, hybrid, _) = self._sigmas(point), point.stages
+            way, masked = -np.diff(sigmas), 2 if point.multirate else 0
             middles[i, : point.steps] = (sigmas[1:] + sigmas[:-1]) / 2
-            ways[i, 0, large : large + hybrid] = way[large : large + hybrid]
+            ways[i, masked, large : large + hybrid] = way[large : large + hybrid]
             ways[i, 1, large + hybrid : point.steps] = way[large + hybrid :]
             if point.refresh:
-                ways[i, 0, large + point.refresh_after] = 0
+                ways[i, masked, large + point.refresh - 1 : large + hybrid : point.refresh] = 0
             if not large and hybrid:
-                ways[i, 0, 0] = 0
-        alone = np.array([self._steps[point.steps, point.solver] for point in points])
+                ways[i, masked, 0] = 0
+        alone = np.array([self._large_only(point) for point in points])
         rest = [(point.ratio, CORRECTIONS.index(point.correction), SOLVERS.index(point.solver)) for point in points]
         return ways, middles, alone, np.array(rest, float)
 
@@ -106,6 +116,9 @@ def _log_distance(
     masked = base + by_ratio * ratio + by_square * ratio**2 + np.append(0, parameters[_MASKED])[correction]
     small = np.append(0, parameters[_SMALL])[correction]
     weights = np.exp(np.stack([masked, small], 1))
-    alone = (weights * (ways * g[:, None]).sum(2)).sum(1) * np.exp(np.append(0, parameters[_SOLVER])[solver])
+    alone = (weights * (ways[:, :2] * g[:, None]).sum(2)).sum(1) * np.exp(np.append(0, parameters[_SOLVER])[solver])
+    base, by_sigma, by_ratio, by_square, power = parameters[_OWN]
+    own = np.exp(base + by_sigma * middles + (by_ratio * ratio + by_square * ratio**2)[:, None])
+    alone += (own * np.power(ways[:, 2], power, where=ways[:, 2] > 0, out=np.zeros_like(middles))).sum(1)
     logarithm: np.ndarray = 0.5 * np.log(steps**2 + alone**2)
     return logarithm
