@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration pictures bench beside-others clean
+.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,10 +48,17 @@ demo-eval: setup  ## Judge the demo pair that ships, three quarters of an hour o
 demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
 	$(BIN)/python scripts/ship_demo_graphs.py
 
-demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, half an hour on one core; goes on where it was stopped.
+demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, 45 minutes on one core; goes on where it was stopped.
 	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 320 --baseline-steps 28 --threads 1
 	$(BIN)/python scripts/ship_demo_graphs.py engines/demo-cpu.hstb
+
+results: setup beside-others  ## Measure what docs/results.md shows, two hours on two cores; goes on where it was stopped.
+	$(BIN)/python benchmarks/frontier.py
+	$(BIN)/python benchmarks/planner_check.py
+	$(BIN)/python benchmarks/cost_fits.py
+	$(BIN)/python benchmarks/variants.py
+	$(BIN)/python benchmarks/page.py
 
 pictures: setup  ## Draw the pictures of the README anew.
 	$(BIN)/python scripts/readme_pictures.py

@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "costs_entry",
     "draw_plots",
     "memory_used",
+    "straight_line",
 ]
 
 FULL, TEXT, VAE, GLUE_STEP = "large full", "text", "vae", "glue, a masked step"
@@ -91,11 +92,17 @@ class Sample:
 # -- calls ---------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LinearFit:
-    """Least squares of large calls: seconds = at_zero + per_token * image tokens; r2 is the share of variance explained."""
+    """Least squares: seconds = at_zero + each * count; r2 is the share of variance explained."""
 
     at_zero: float
-    per_token: float
+    each: float
     r2: float
+
+
+def straight_line(counts: Sequence[int], seconds: Sequence[float]) -> LinearFit:
+    each, at_zero = np.polyfit(counts, seconds, 1)
+    rest = np.array(seconds) - (at_zero + each * np.array(counts))
+    return LinearFit(float(at_zero), float(each), float(1 - rest.var() / np.var(seconds)))
 
 
 @dataclass(frozen=True)
@@ -125,10 +132,7 @@ class CallBench:
         """How well a straight line over the tokens describes large calls; None for fewer than three buckets."""
         if len(self.tokens) < 3:
             return None
-        seconds = np.array([sample.median for sample in self.large_seconds().values()])
-        per_token, at_zero = np.polyfit(self.tokens, seconds, 1)
-        rest = seconds - (at_zero + per_token * np.array(self.tokens))
-        return LinearFit(float(at_zero), float(per_token), float(1 - rest.var() / seconds.var()))
+        return straight_line(self.tokens, [sample.median for sample in self.large_seconds().values()])
 
     def expected(self, name: str) -> float | None:
         """The cost model's ratio to a full large call; None for calls that it does not cover."""
@@ -434,7 +438,7 @@ def draw_plots(folder: Path, calls: CallBench, runs: RunBench | None, name: str)
             [sample.quartiles for sample in large.values()],
             [calls.modelled.large(count) * large[calls.num_tokens].median for count in calls.tokens],
             calls.seconds[SMALL].median,
-            None if fit is None else (fit.at_zero, fit.per_token, fit.r2),
+            None if fit is None else (fit.at_zero, fit.each, fit.r2),
             f"Large calls, {calls.num_tokens} image tokens in all",
         )
     }

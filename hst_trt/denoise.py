@@ -101,11 +101,9 @@ def denoise(
 
 
 def _sketch(ws: Workspace, step: Step) -> None:
-    """What the tokens outside the mask follow: the small model, or where the step has none, the velocities they had before."""
+    """What the tokens outside the mask follow: the small model, or where the step has none, their last velocity."""
     if step.small:
         ws.small()
-    elif step.extrapolate:
-        ws.extrapolate()
     else:
         ws.keep_last()
 

@@ -43,7 +43,7 @@ __all__ = ["HybridStitchPipeline", "StitchOutput"]
 
 OutputType = Literal["pil", "np", "latent"]
 _CALLBACK_TENSORS = ("latents",)
-_OPTIONAL_GLUE = ("blend", "correct", "score", "select", "count", "change", "extrapolate")
+_OPTIONAL_GLUE = ("blend", "correct", "score", "select", "count", "change")
 
 
 @dataclass(frozen=True)

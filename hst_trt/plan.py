@@ -9,8 +9,6 @@ Every schedule is a plan of the same loop (`hst_trt.denoise`), so schedules diff
     srdiffusion  large first, then small, switched at a fixed or an adaptive step       SRDiffusion
     ras          large alone, on the mask only after the first steps; unmasked tokens   RAS-like
                  keep their last velocity
-    multirate    large alone, then full and masked steps in turn; the velocity of       ours
-                 unmasked tokens goes on as it last changed
 
 Plans are values: two schedules that do the same thing give equal plans.
 """
@@ -46,7 +44,7 @@ __all__ = [
     "whole_number",
 ]
 
-Schedule = Literal["hybrid", "large", "small", "t-stitch", "srdiffusion", "ras", "multirate"]
+Schedule = Literal["hybrid", "large", "small", "t-stitch", "srdiffusion", "ras"]
 BUCKET_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 
@@ -81,16 +79,14 @@ class Step:
         stage: for reports only; what is done is said by the rest.
         large_tokens: image tokens the large model computes: 0, a bucket, or all. None: a threshold mask decides.
         small: whether the small model computes all tokens. Where neither it nor a full large call gives the unmasked
-            tokens a velocity, they go on from those they had before.
+            tokens a velocity, they keep their last one.
         redraw: whether the mask of the next step is drawn from this step's predictions.
-        extrapolate: whether those go on in a straight line, or else the last one is kept.
     """
 
     stage: Stage
     large_tokens: int | None
     small: bool = False
     redraw: bool = False
-    extrapolate: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ class PlanRequest:
         buckets: token counts that the engines take, ascending, the last one all tokens.
         stages: (N1, N2, N3), steps of the large, hybrid and small stage; None takes the schedule's default.
         refresh_every: every so manyth step of the hybrid stage is a full large call; 0 for none; None for the default (one in
-            the middle of more than 8 hybrid steps; for multirate every second).
+            the middle of more than 8 hybrid steps; for ras every third).
         correction: factor a step on the last known difference v_L - v_S that is added to v_S outside the mask and in
             the small stage; 0 switches it off.
         sampling: where the steps lie, and how one is taken.
@@ -319,7 +315,6 @@ def _stages(request: PlanRequest) -> tuple[int, int, int]:
         "t-stitch": (1, 0, 1),
         "srdiffusion": (1, 0, 1),
         "ras": (1, 1, 0),
-        "multirate": (1, 1, 0),
     }
     for count, may, name in zip(stages, allowed.get(request.schedule, (1, 1, 1)), Stage, strict=True):
         if count and not may:
@@ -342,9 +337,8 @@ def _default_stages(request: PlanRequest) -> tuple[int, int, int]:
             return (n, 0, 0)
         case "small":
             return (0, 0, n)
-        case "ras" | "multirate":
-            full = min(n, max(2, first) if request.schedule == "ras" else max(3, math.ceil(n / 2)))
-            return (full, n - full, 0)
+        case "ras":
+            return (min(n, max(2, first)), n - min(n, max(2, first)), 0)
         case "hybrid":
             return (first, hybrid, n - first - hybrid)
         case _ if request.switch is not None:
@@ -366,11 +360,11 @@ def _t_stitch(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step,
     return _small_only(request, stages) + _large_only(request, stages)
 
 
-def _without_small(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step, ...]:
+def _ras(request: PlanRequest, stages: tuple[int, int, int]) -> tuple[Step, ...]:
     full, masked, _ = stages
     if masked and full < 2:
         raise RequestError(
-            f"the schedule {request.schedule!r} ranks tokens by how their velocity changes, which needs two full steps first",
+            "the ras schedule ranks tokens by how much their velocity changes, which needs two full steps first",
             found=f"{full} full step(s)",
             fix="give stages whose first number is 2 or more",
         )
@@ -391,8 +385,7 @@ def _masked_run(request: PlanRequest, large: int, masked: int, *, small: bool) -
     budget = bucket_for(request.mask.ratio * n, request.buckets) if request.mask.threshold is None else None
     if budget == n:  # a mask of everything is no mask
         return _large_only(request, (large + masked, 0, 0))
-    extrapolate = request.schedule == "multirate"
-    every = 2 if extrapolate and request.refresh_every is None else request.refresh_every
+    every = 3 if request.schedule == "ras" and request.refresh_every is None else request.refresh_every
     refreshed = _refreshes(masked, every) | ({0} if masked and not large else set())
     stage = Stage.HYBRID if small else Stage.LARGE
     tokens = [n] * large + [n if k in refreshed else budget for k in range(masked)]
@@ -400,8 +393,7 @@ def _masked_run(request: PlanRequest, large: int, masked: int, *, small: bool) -
     for t, count in enumerate(tokens):
         redraw = t + 1 < len(tokens) and tokens[t + 1] != n
         needs_small = small and (count != n or redraw or (t >= large and request.correction > 0))
-        straight = extrapolate and (count != n or redraw)
-        steps.append(Step(Stage.LARGE if t < large else stage, count, needs_small, redraw, straight))
+        steps.append(Step(Stage.LARGE if t < large else stage, count, small=needs_small, redraw=redraw))
     return tuple(steps)
 
 
@@ -417,6 +409,5 @@ _STEPS = {
     "small": _small_only,
     "t-stitch": _t_stitch,
     "srdiffusion": _hybrid,
-    "ras": _without_small,
-    "multirate": _without_small,
+    "ras": _ras,
 }

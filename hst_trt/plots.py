@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["breakdown_figure", "frontier_figure", "latency_figure", "open_folder", "save_figure", "steps_figure", "svg"]
+__all__ = [
+    "breakdown_figure",
+    "frontier_figure",
+    "latency_figure",
+    "lines_figure",
+    "open_folder",
+    "save_figure",
+    "steps_figure",
+    "svg",
+]
 
 Quartiles = tuple[float, float, float]
 """The lower quartile, the median, the upper quartile; seconds."""
@@ -168,27 +177,60 @@ def breakdown_figure(runs: Mapping[str, Mapping[str, float]], title: str = "Wher
     return figure
 
 
-def frontier_figure(kinds: Mapping[str, Sequence[tuple[str, float, Any]]], measure: str) -> Figure:
+def frontier_figure(kinds: Mapping[str, Sequence[tuple[str, float, Any]]], measure: str, *, named: bool = True) -> Figure:
     """Speed against distance, a point a schedule.
 
     Args:
         kinds: by kind of schedule, its points: a name, the speed-up, and an object with `value`, `low` and `high`.
         measure: what the values are; more is better.
+        named: whether to name each point; else the points of a kind are joined.
     """
-    looks = (("o", _LARGE), ("s", _MIDDLE), ("D", "#8A8A8A"), ("^", "#5AA5CF"))
+    looks = (
+        ("o", _LARGE),
+        ("s", _MIDDLE),
+        ("D", "#8A8A8A"),
+        ("^", "#5AA5CF"),
+        ("v", "#B8912B"),
+        ("P", "#5B7F3A"),
+        ("X", "#A2466F"),
+    )
     with _styled() as make:
         figure, axes = make(9.6, 6.2)
         for (kind, points), (marker, colour) in zip(kinds.items(), looks, strict=False):
             x, y = [speed for _, speed, _ in points], [figure.value for _, _, figure in points]
             reach = [[f.value - f.low for _, _, f in points], [f.high - f.value for _, _, f in points]]
-            axes.errorbar(x, y, reach, fmt=marker, ms=7, color=colour, capsize=3, elinewidth=1, label=kind)
-            for number, (name, speed, f) in enumerate(points):
+            line = "" if named else "-"
+            axes.errorbar(x, y, reach, fmt=marker + line, ms=7, lw=1.4, color=colour, capsize=3, elinewidth=1, label=kind)
+            for number, (name, speed, f) in enumerate(points if named else ()):
                 above = number % 2 == 0
                 at = {"xytext": (5, 7 if above else -13), "textcoords": "offset points", "fontsize": 8, "color": colour}
                 axes.annotate(name, (speed, f.value), **at)  # type: ignore[arg-type]
         axes.set(xlabel="speed-up of the denoising loop", ylabel=measure, title="Speed against distance")
         axes.legend(loc="upper right")
         axes.margins(x=0.12, y=0.1)
+    return figure
+
+
+def lines_figure(panels: Mapping[str, tuple[Mapping[int, Quartiles], Quartiles]]) -> Figure:
+    """Times that should grow in a straight line, one panel each.
+
+    Args:
+        panels: by title: quartiles by count, and the line that was fitted: seconds at nothing, seconds each, R^2.
+    """
+    matplotlib = _matplotlib()
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((3.6 * len(panels), 3.4), layout="constrained")
+        for axes, (title, (points, (at_zero, each, r2))) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            counts, quartiles = list(points), list(points.values())
+            scale, unit = _unit(max(high for _, _, high in quartiles))
+            middle, reach = _medians(quartiles, scale)
+            axes.errorbar(counts, middle, reach, fmt="o", ms=6, color=_LARGE, capsize=3)
+            ends = (0, max(counts))
+            axes.plot(ends, [scale * (at_zero + each * end) for end in ends], color=_MIDDLE, lw=1.6)
+            axes.set(xlabel=title, ylabel=unit, title=f"R² = {r2:.4f}", xlim=(0, 1.05 * max(counts)))
+            axes.set_ylim(0, 1.1 * scale * max(high for _, _, high in quartiles))
     return figure
 
 

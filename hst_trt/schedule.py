@@ -64,7 +64,9 @@ class Sampling:
         ):
             if value not in known:
                 raise RequestError(f"unknown {what} {value!r}", fix=f"choose one of {', '.join(known)}")
-        if self.shift is not None and not (isinstance(self.shift, Real) and 0 < self.shift <= MAX_SHIFT):
+        if self.shift is not None and not (
+            isinstance(self.shift, Real) and not isinstance(self.shift, bool) and 0 < self.shift <= MAX_SHIFT
+        ):
             raise RequestError(f"shift {self.shift!r} is outside (0, {MAX_SHIFT:g}]", fix="3 is SD3's; 2 to 6 are usual")
 
 
@@ -76,9 +78,8 @@ AS_DIFFUSERS = Sampling()
 class StepTable:
     """What the loop needs of every step.
 
-    timesteps: float32 [N], what the transformers are fed. sigmas: float32 [N+1], from 1 to 0. coefficients: float32 [N, 6],
-    a to e of the solver's steps, see `SOLVERS`, and f: the velocity of the step before and the change up to it times f are
-    this step's, if it goes on in a straight line.
+    timesteps: float32 [N], what the transformers are fed. sigmas: float32 [N+1], from 1 to 0. coefficients: float32 [N, 5],
+    a to e of the solver's steps, see `SOLVERS`.
     """
 
     timesteps: np.ndarray
@@ -132,9 +133,8 @@ class FlowMatchEuler:
             ramp = np.linspace(start, stop, num_inference_steps) / self.num_train_timesteps
         sigmas = _shifted(ramp, shift).astype(np.float32)
         ends_at_zero = np.append(sigmas, np.float32(0.0))
-        exact = ends_at_zero.astype(np.float64)
-        coefficients = np.column_stack([SOLVERS[sampling.solver](exact, shift), _straight_on(exact, shift)])
-        return StepTable(sigmas * np.float32(self.num_train_timesteps), ends_at_zero, coefficients.astype(np.float32))
+        coefficients = SOLVERS[sampling.solver](ends_at_zero.astype(np.float64), shift).astype(np.float32)
+        return StepTable(sigmas * np.float32(self.num_train_timesteps), ends_at_zero, coefficients)
 
 
 def _shifted(times: np.ndarray, shift: float) -> np.ndarray:
@@ -144,12 +144,6 @@ def _shifted(times: np.ndarray, shift: float) -> np.ndarray:
 
 def _unshifted(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return sigmas / (shift - (shift - 1) * sigmas)
-
-
-def _straight_on(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """f of `StepTable`, [N]: 0 as long as two velocities are not known. Straight is meant in the time before the shift."""
-    steps = np.diff(_unshifted(sigmas, shift))[:-1]
-    return np.concatenate([np.zeros(min(2, len(sigmas) - 1)), steps[1:] / steps[:-1]])
 
 
 # -- solvers ---------------------------------------------------------------------------------------------------------

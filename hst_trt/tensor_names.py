@@ -22,7 +22,6 @@ GLUE = (
     "select",
     "count",
     "change",
-    "extrapolate",
     "integrate",
     "finite",
 )

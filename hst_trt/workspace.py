@@ -64,8 +64,7 @@ class Workspace(NamedBuffers):
             "next_history": ((b, n, c), "float32"),
             "velocity": ((b, n, c), "float32"),
             "last_velocity": ((b, n, c), "float32"),
-            "earlier_velocity": ((b, n, c), "float32"),  # of the step before the last
-            "sketch": ((b, n, c), "float32"),  # v_S, or a velocity from those before where there is no small model
+            "sketch": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
             "last_sketch": ((b, n, c), "float32"),
             "refined": ((b, n, c), "float32"),  # v_L of the active tokens
             "difference": ((b, n, c), "float32"),  # D, the last known v_L - v_S
@@ -77,8 +76,8 @@ class Workspace(NamedBuffers):
             "small_pos_ids": ((r, n), "int64"),
             "row_velocity": ((r, n, c), "float32"),
             "timesteps": ((MAX_STEPS,), "float32"),
-            "coefficients": ((MAX_STEPS, 6), "float32"),
-            "weights": ((6,), "float32"),
+            "coefficients": ((MAX_STEPS, 5), "float32"),
+            "weights": ((5,), "float32"),
             "step": ((1,), "int64"),
             "next_step": ((1,), "int64"),
             "timestep": ((r,), "float32"),
@@ -142,7 +141,7 @@ class Workspace(NamedBuffers):
         self._write("step", np.int64(0))
         for name, values in text.items():
             self._write(name, values)
-        for name in ("history", "difference", "scores", "age", "last_velocity", "earlier_velocity", "last_sketch"):
+        for name in ("history", "difference", "scores", "age", "last_velocity", "last_sketch"):
             self._write(name, np.float32(0.0))
         mask = mask or MaskRule()
         self._write("guidance_scale", np.float32(guidance_scale))
@@ -155,7 +154,7 @@ class Workspace(NamedBuffers):
     # -- the verbs of the loop ---------------------------------------------------------------------------------------
     @verb
     def advance(self) -> None:
-        """Timestep and weights become those of the table's next step, after `begin` those of its first."""
+        """Timestep and solver weights become those of the table's next step, after `begin` those of its first."""
         self._call(
             "advance",
             timesteps="timesteps",
@@ -228,17 +227,6 @@ class Workspace(NamedBuffers):
     def keep_last(self) -> None:
         """sketch = the last step's velocity: what unmasked tokens go on with where there is no small model."""
         self._copy("last_velocity", "sketch")
-
-    @verb
-    def extrapolate(self) -> None:
-        """sketch = the velocity that the last two lead to: what unmasked tokens go on with if that is what the plan says."""
-        self._call(
-            "extrapolate",
-            last_velocity="last_velocity",
-            earlier_velocity="earlier_velocity",
-            weights="weights",
-            sketch="sketch",
-        )
 
     @verb
     def score(self, tokens: int) -> None:
@@ -320,8 +308,7 @@ class Workspace(NamedBuffers):
 
     @verb
     def remember(self) -> None:
-        """This step's velocity and sketch become the last ones, the last velocity the one before."""
-        self._copy("last_velocity", "earlier_velocity")
+        """This step's velocity and sketch become the last ones."""
         self._copy("velocity", "last_velocity")
         self._copy("sketch", "last_sketch")
 

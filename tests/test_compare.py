@@ -46,6 +46,7 @@ def test_options_of_a_schedule_give_the_same_plan_again(tmp_path: Path, demo_bun
     rows = [
         *usual_schedules(12),
         NamedSchedule("all", {"mask": MaskRule(0.4, decay=0.5, drift=0.3, starvation=0.1), "refresh_every": 2}),
+        NamedSchedule("sampled", {"solver": "ab2", "timestep_spacing": "trailing", "shift": 4.5}),
         NamedSchedule("threshold", {"mask": MaskRule(threshold=1.5)}),
     ]
     file = tmp_path / "schedules"
@@ -108,7 +109,7 @@ def test_distances_are_those_of_the_pictures_that_the_schedules_draw(pipeline: H
     def drawn(**settings: object) -> np.ndarray:
         return np.stack([np.asarray(pipeline(p.prompt, seed=p.number, **SIZE, **settings).images[0]) for p in PROMPTS])
 
-    converged = drawn(schedule="large", num_inference_steps=8, solver="dpmpp-2m")
+    converged = drawn(schedule="large", num_inference_steps=8, solver="ab2", timestep_spacing="trailing")
     hybrid, large = drawn(**ROWS[1].settings), drawn(schedule="large", num_inference_steps=4)
     np.testing.assert_allclose(rows["hybrid"].to_converged["psnr"], psnr(hybrid, converged))
     np.testing.assert_allclose(rows["hybrid"].to_same_steps["psnr"], psnr(hybrid, large))

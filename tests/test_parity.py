@@ -104,7 +104,7 @@ def test_steps_are_those_of_diffusers_scheduler(shift: float, steps: int) -> Non
     assert (np.diff(table.sigmas) < 0).all()
     euler = np.zeros((steps, 5), np.float32)
     euler[:, 0], euler[:, 1] = 1, np.diff(table.sigmas)
-    np.testing.assert_array_equal(table.coefficients[:, :5], euler)
+    np.testing.assert_array_equal(table.coefficients, euler)
 
 
 def test_trailing_steps_lie_evenly_down_to_zero_before_the_shift() -> None:
@@ -113,7 +113,6 @@ def test_trailing_steps_lie_evenly_down_to_zero_before_the_shift() -> None:
         times = table.sigmas / (shift - (shift - 1) * table.sigmas)
         np.testing.assert_allclose(times, np.linspace(1, 0, steps + 1), atol=1e-6)
         np.testing.assert_allclose(table.timesteps, 1000 * table.sigmas[:-1], rtol=1e-6)
-        np.testing.assert_allclose(table.coefficients[2:, 5], 1, atol=1e-4)
     moved = [
         -np.diff(FlowMatchEuler(3.0).table(7, Sampling(timestep_spacing=kind)).sigmas)[-1] for kind in ("linspace", "trailing")
     ]
@@ -127,6 +126,7 @@ def test_trailing_steps_lie_evenly_down_to_zero_before_the_shift() -> None:
         (dict(timestep_spacing="leading"), "unknown timestep spacing 'leading'"),
         (dict(shift=0), "shift 0 is outside"),
         (dict(shift=math.nan), "shift nan is outside"),
+        (dict(shift=True), "shift True is outside"),
         (dict(shift="3"), "shift '3' is outside"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_sampling_that_cannot_be_is_refused(settings: dict, said: str) -> None
 def integrated(table: StepTable, velocity: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray) -> np.ndarray:
     """From sigma 1 to 0 by a step table, in float64."""
     memory = np.zeros_like(x)
-    for sigma, (a, b, c, d, e, _) in zip(table.sigmas, table.coefficients.astype(np.float64), strict=False):
+    for sigma, (a, b, c, d, e) in zip(table.sigmas, table.coefficients.astype(np.float64), strict=False):
         v = velocity(x, float(sigma))
         x, memory = a * x + b * v + c * memory, d * x + e * v
     return x

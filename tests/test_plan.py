@@ -86,19 +86,10 @@ def test_ras_keeps_large_alone_and_masks_after_two_full_steps() -> None:
         plan("ras", stages=(1, 27, 0))
 
 
-def test_multirate_masks_every_second_step_of_its_second_half() -> None:
-    steps = plan("multirate", steps=12).steps
-    assert [step.large_tokens for step in steps] == [N] * 6 + [80, N] * 3
-    assert [step.redraw for step in steps] == [False] * 5 + [True, False] * 3 + [False]
-    assert [step.extrapolate for step in steps] == [False] * 5 + [True] * 6 + [False]
-    assert not any(step.small for step in steps)
-    assert [step.large_tokens for step in plan("multirate", stages=(3, 5, 0), steps=8, refresh_every=0).steps] == [N] * 3 + [
-        80
-    ] * 5
-    with pytest.raises(RequestError, match="two full steps"):
-        plan("multirate", stages=(1, 27, 0))
-    with pytest.raises(RequestError, match="no small stage"):
-        plan("multirate", stages=(3, 20, 5))
+def test_ras_refreshes_every_third_masked_step() -> None:
+    steps = plan("ras", steps=9).steps
+    assert [step.large_tokens for step in steps] == [N] * 2 + [80, 80, N, 80, 80, N, 80]
+    assert [step.redraw for step in steps] == [False, True, True, False, True, True, False, True, False]
 
 
 def test_a_correction_makes_the_last_large_step_compare_both_models() -> None:

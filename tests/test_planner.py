@@ -54,13 +54,13 @@ def test_points_that_do_the_same_are_the_same_and_every_point_is_a_plan(demo_bun
 def test_a_refresh_is_every_so_manyth_hybrid_step(demo_bundle: Path) -> None:
     pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
     for every in REFRESHES[1:]:
-        for point in (Point((2, 9, 1), ratio=0.3, refresh=every), Point((3, 9, 0), ratio=0.3, refresh=every, multirate=True)):
+        for point in (Point((2, 9, 1), ratio=0.3, refresh=every), Point((3, 9, 0), ratio=0.3, refresh=every, ras=True)):
             assert SPACE.tidied(point) == point
             plan = pipeline.plan(**point.settings)
             full = [t for t, step in enumerate(plan.steps) if step.large_tokens == plan.num_tokens]
             large = point.stages[0]
             assert full == [*range(large), *(large + k for k in range(9) if (k + 1) % every == 0)]
-            assert plan.uses_small is not point.multirate
+            assert plan.uses_small is not point.ras
 
 
 def test_neighbours_are_one_change_away_and_lead_back() -> None:
@@ -72,24 +72,24 @@ def test_neighbours_are_one_change_away_and_lead_back() -> None:
             assert SPACE.tidied(other) == other
             assert abs(other.steps - point.steps) <= 1
             assert (
-                other.multirate != point.multirate
+                other.ras != point.ras
                 or not other.stages[1]
                 or max(abs(a - b) for a, b in zip(other.stages, point.stages, strict=True)) <= 1
             )
     inside = Point((3, 6, 3), "ab2", 4.0, 0.3, 0.9, 2)
-    assert all(inside in SPACE.neighbours(other) for other in SPACE.neighbours(inside) if not other.multirate)
+    assert all(inside in SPACE.neighbours(other) for other in SPACE.neighbours(inside) if not other.ras)
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------
 def true_distance(point: Point) -> float:
-    """A world in which small velocities are wrong by so much, masks and correction help, and the past says how it goes on."""
+    """A world in which small velocities are wrong by so much, masks and correction help, and kept velocities grow wrong."""
     sigmas, (large, hybrid, _) = sigmas_of(point), point.stages
     way = -np.diff(sigmas)
     wrong = np.where(np.arange(point.steps) < large, 0.0, 1.0)
     wrong[large : large + hybrid] = 0.6 * (1 - point.ratio)
     if not large and hybrid:
         wrong[0] = 0.0
-    if point.multirate:
+    if point.ras:
         wrong[large:] = 20 * way[large:] * (1 - point.ratio)
     if point.refresh:
         wrong[large + point.refresh - 1 : large + hybrid : point.refresh] = 0.0
@@ -224,7 +224,7 @@ def calibration(schedules: tuple[CalibratedEntry, ...]) -> CalibrationEntry:
 
 def entry(stages: tuple[int, int, int], distance: float, **changes: object) -> CalibratedEntry:
     usual = {"solver": "euler", "ratio": 0.3 if stages[1] else 0.0, "correction": 0.0, "refresh": 0}
-    usual |= {"shift": None, "multirate": False}
+    usual |= {"shift": None, "ras": False}
     return CalibratedEntry(stages=stages, distance=distance, **usual | changes)
 
 

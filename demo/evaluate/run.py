@@ -66,12 +66,7 @@ def evaluate(setting: Setting) -> bool:
     asked, others, choosing = cases[: setting.prompts], cases[setting.prompts : -CHOOSING], cases[-CHOOSING:]
     say(f"{len(asked)} held-out prompts, the first one: {asked[0].prompt}")
 
-    decode = lessons.round_trip(pipeline, vae)
-    school = kept / f"lessons-{_key(*vae.glob('*.safetensors'), scenes, spoil, lessons)}"
-    eyes = f"{school.name}-{_key(classifier)}"
-    learn = lessons.make_lessons(school, sprites, decode)
-    check = lessons.make_lessons(school, sprites, decode, lessons.CHECK_SEED, lessons.FEW, spoiled=0.0)
-    seer = classifier.taught(kept / f"{eyes}.pt", learn, check)
+    seer, school, eyes, decode = taught(pipeline, vae, kept, sprites)
 
     fingerprint = pipeline.bundle.manifest.fingerprint
     choice = choose(pipeline, choosing, kept / f"plans-{_key(fingerprint, plans, *(case.prompt for case in choosing))}")
@@ -107,6 +102,18 @@ def evaluate(setting: Setting) -> bool:
     shipped = recipe.large.source.startswith(PACKAGE_PREFIX)
     publish(setting.work, setting.out, content, asked, rows, gallery, pair_folder(recipe) if shipped else None)
     return bool(fit["fit"])
+
+
+def taught(
+    pipeline: HybridStitchPipeline, vae: Path, kept: Path, sprites: Sprites
+) -> tuple[classifier.Classifier, Path, str, lessons.RoundTrip]:
+    """The classifier, the folder of its lessons, the name it is kept under, and the decoder that the lessons went through."""
+    decode = lessons.round_trip(pipeline, vae)
+    school = kept / f"lessons-{_key(*vae.glob('*.safetensors'), scenes, spoil, lessons)}"
+    eyes = f"{school.name}-{_key(classifier)}"
+    learn = lessons.make_lessons(school, sprites, decode)
+    check = lessons.make_lessons(school, sprites, decode, lessons.CHECK_SEED, lessons.FEW, spoiled=0.0)
+    return classifier.taught(kept / f"{eyes}.pt", learn, check), school, eyes, decode
 
 
 def say(text: str) -> None:

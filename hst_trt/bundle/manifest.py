@@ -140,7 +140,7 @@ class CalibratedEntry(_Entry):
     ratio: float = Field(ge=0, lt=1)  # of the mask; 0 without hybrid steps
     correction: float = Field(ge=0, le=1)
     refresh: int = Field(ge=0)  # every so manyth hybrid step is a full large call
-    multirate: bool  # tokens outside the mask follow their own past, not the small model
+    ras: bool  # tokens outside the mask keep their last velocity, and the small model draws nothing
     distance: float = Field(ge=0, allow_inf_nan=False)
 
 

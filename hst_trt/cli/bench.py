@@ -127,7 +127,7 @@ def _print_calls(calls: CallBench, machine: str) -> None:
         table.add_row(name, f"{1e3 * s['median']:.2f}", spread, f"{of_full:.3f}", *model)
     tables.print(table)
     if fit := calls.fit():
-        line = f"{1e3 * fit.at_zero:.2f} ms + {1e6 * fit.per_token:.2f} µs a token"
+        line = f"{1e3 * fit.at_zero:.2f} ms + {1e6 * fit.each:.2f} µs a token"
         tables.print(f"large calls by a straight line: {line}, R² = {fit.r2:.4f}")
 
 

@@ -76,7 +76,8 @@ class Gallery:
             say(f"warmed up {name}")
         began = said = time.monotonic()
         for done, case in enumerate(left, start=1):
-            self._draw(pipeline, case)
+            if self.missing([case]):  # another process may be drawing, too
+                self._draw(pipeline, case)
             if time.monotonic() - said > REPORT_EVERY or done == len(left):
                 said = time.monotonic()
                 say(f"prompts: {done} of {len(left)}, about {(said - began) / done * (len(left) - done) / 60:.0f} min left")

@@ -55,6 +55,11 @@ def resampled(count: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarr
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
 
 
+def weighted_means(values: np.ndarray) -> np.ndarray:
+    """The mean of values [cases] as they are, and in every resample, [1 + resamples]."""
+    return np.vstack([np.ones(len(values)), resampled(len(values))]) @ values / len(values)
+
+
 def interval(values: np.ndarray) -> Interval:
     """The middle 95 % of resampled values: the percentile bootstrap."""
     low, high = np.percentile(values, (2.5, 97.5))
@@ -63,7 +68,7 @@ def interval(values: np.ndarray) -> Interval:
 
 def mean_interval(values: np.ndarray) -> Interval:
     """Of the mean of values [cases]; of a mean difference, if the values are differences of the same cases."""
-    return interval(resampled(len(values)) @ values / len(values))
+    return interval(weighted_means(values)[1:])
 
 
 class Kid:

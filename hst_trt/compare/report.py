@@ -94,7 +94,7 @@ def as_html(comparison: Comparison, pipeline: HybridStitchPipeline, title: str, 
 <p>{len(comparison.cases)} prompts, one picture each, the same noise for every schedule. Speed-up: of the denoising loop over
 the schedule <i>{html.escape(comparison.rows[0].row.name)}</i>, median of the pictures. Distances: to the large model with
 <code>{html.escape(comparison.reference.options)}</code>, and in the last column PSNR to the large model with as many steps and
-the same solver. In brackets 95 % intervals.</p>
+the same sampling. In brackets 95 % intervals.</p>
 {notes}
 <figure>{frontier[frontier.index("<svg") :]}</figure>
 {_table(comparison)}

@@ -91,13 +91,14 @@ def usual_schedules(steps: int) -> list[NamedSchedule]:
     rows: dict[str, dict[str, Any]] = {}
     rows |= {f"large, {name} of the steps": {"schedule": "large", "num_inference_steps": n} for name, n in fewer.items()}
     half = fewer["half"]
-    rows["large, half, dpmpp-2m"] = {"schedule": "large", "num_inference_steps": half, "solver": "dpmpp-2m"}
+    few = {"solver": "ab2", "timestep_spacing": "trailing"}
+    rows |= {f"large, {name}, ab2": {"schedule": "large", "num_inference_steps": n} | few for name, n in fewer.items()}
     for schedule in ("small", "t-stitch", "srdiffusion", "ras", "hybrid"):
         rows[schedule] = {"schedule": schedule, "num_inference_steps": steps}
     rows["srdiffusion, adaptive"] = rows["srdiffusion"] | {"adaptive": True}
     rows["srdiffusion, corrected"] = rows["srdiffusion"] | {"correction": 0.9}
     rows["hybrid, corrected"] = rows["hybrid"] | {"correction": 0.9}
     rows["hybrid, random mask"] = rows["hybrid"] | {"mask": MaskRule(random_seed=0)}
-    rows["hybrid, half"] = rows["hybrid, corrected"] | {"num_inference_steps": half}
-    rows["hybrid, half, dpmpp-2m"] = rows["hybrid, half"] | {"solver": "dpmpp-2m"}
+    for schedule in ("hybrid, corrected", "ras"):
+        rows[f"{schedule}, half, ab2"] = rows[schedule] | {"num_inference_steps": half} | few
     return [NamedSchedule(name, settings) for name, settings in rows.items()]

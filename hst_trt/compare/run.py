@@ -1,7 +1,7 @@
 """Draws the same prompts and seeds by every schedule, and measures how far each is from the large model.
 
 Two distances are taken of every picture: to the *converged* large model, which took so many steps that more would change
-nothing, and to the large model with as many steps and the same solver. The first is what a user sees; the second is what
+nothing, and to the large model with as many steps and the same sampling. The first is what a user sees; the second is what
 stitching alone does. Everything is paired: the same prompts, noise and machine, the schedules in turn.
 """
 
@@ -118,6 +118,7 @@ def compare(
     size: Mapping[str, int | None] | None = None,
     real: np.ndarray | None = None,
     judge: Judge | None = None,
+    same_steps: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Draws what is missing in `folder`, and measures.
@@ -132,6 +133,7 @@ def compare(
         size: `height` and `width` in pixels.
         real: real pictures [M, H, W, 3] uint8 for KID.
         judge: says which pictures are right.
+        same_steps: whether to take the second distance; the runs that it is to take time.
 
     Raises:
         RequestError: fewer than two prompts, names that are taken, or a reference that is not the longest run.
@@ -158,19 +160,19 @@ def compare(
             fix=f"take at least twice as many, {2 * longest}",
         )
     drawn = {row.name: row for row in rows}
-    same_steps = {}
-    for name, plan in plans.items():
+    twins = {}
+    for name, plan in plans.items() if same_steps else ():
         twin = _large(f"large, {len(plan.steps)} steps, {_described(plan.sampling)}", len(plan.steps), plan.sampling)
         wanted = pipeline.plan(**twin.arguments(), **shape)
-        same_steps[name] = next((other for other, made in plans.items() if made == wanted), twin.name)
-        if same_steps[name] == twin.name:
+        twins[name] = next((other for other, made in plans.items() if made == wanted), twin.name)
+        if twins[name] == twin.name:
             drawn[twin.name] = twin
     reference = drawn[CONVERGED] = _large(CONVERGED, converged_steps, CONVERGED_SAMPLING)
 
     gallery = Gallery(folder / f"pictures-{_key(pipeline, drawn, shape)}", {n: _Sized(r, shape) for n, r in drawn.items()})
     gallery.draw(pipeline, cases, say)
     features, notes = _features()
-    pairs = [(name, other) for name in plans for other in (CONVERGED, same_steps[name])]
+    pairs = [(name, other) for name in plans for other in {CONVERGED, twins.get(name, CONVERGED)}]
     seen = _look(gallery, cases, pairs, features, judge)
     kid = None
     if real is not None and min(len(real), len(cases)) < LEAST_FOR_KID:
@@ -188,7 +190,7 @@ def compare(
             total_seconds=seen.total[name],
             speedup=seen.loop[baseline.name].over(seen.loop[name]),
             to_converged=seen.distances[name, CONVERGED],
-            to_same_steps={} if same_steps[name] == name else seen.distances[name, same_steps[name]],
+            to_same_steps={} if twins.get(name, name) == name else seen.distances[name, twins[name]],
             kid=None if kid is None or pooled is None else Figure(kid(pooled), *interval(kid.resampled(pooled))),
             right=None if hits is None else Figure(float(hits.mean()), *wilson(int(hits.sum()), len(hits))),
         )

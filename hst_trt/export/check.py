@@ -270,7 +270,7 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
     chosen = np.ascontiguousarray(orders()[:, :active])
     match name:
         case "advance":
-            parts = {"timesteps": _normal(rng, MAX_STEPS), "coefficients": _normal(rng, MAX_STEPS, 6)}
+            parts = {"timesteps": _normal(rng, MAX_STEPS), "coefficients": _normal(rng, MAX_STEPS, 5)}
             return parts | {"step": rng.integers(MAX_STEPS, size=1), "row_index": np.tile(np.arange(batch), 2)}
         case "pack":
             rows, table = np.tile(np.arange(batch), 2), rng.permutation(3 * n)[:n]
@@ -297,10 +297,8 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
             return {"priority": grid(), "ranks": orders(), "threshold": number()}
         case "change":
             return {"velocity": tokens(), "last_velocity": tokens()}
-        case "extrapolate":
-            return {"last_velocity": tokens(), "earlier_velocity": tokens(), "weights": _normal(rng, 6)}
         case "integrate":
-            return {"latents": tokens(), "velocity": tokens(), "history": tokens(), "weights": _normal(rng, 6)}
+            return {"latents": tokens(), "velocity": tokens(), "history": tokens(), "weights": _normal(rng, 5)}
         case _:
             return {"latents": tokens()}
 

@@ -65,11 +65,11 @@ def join_text_graph(
 
 def _advance(g: GraphBuilder) -> GraphBuilder:
     timesteps = g.input("timesteps", "float32", [MAX_STEPS])
-    coefficients = g.input("coefficients", "float32", [MAX_STEPS, 6])
+    coefficients = g.input("coefficients", "float32", [MAX_STEPS, 5])
     step = g.input("step", "int64", [1])
     row_index = g.input("row_index", "int64", ["R"])
     g.output(g.op("Expand", g.op("Gather", timesteps, step, axis=0), g.op("Shape", row_index)), "timestep", "float32", ["R"])
-    g.output(g.op("Squeeze", g.op("Gather", coefficients, step, axis=0), g.ints(0)), "weights", "float32", [6])
+    g.output(g.op("Squeeze", g.op("Gather", coefficients, step, axis=0), g.ints(0)), "weights", "float32", [5])
     g.output(g.op("Add", step, g.ints(1)), "next_step", "int64", [1])
     return g
 
@@ -236,18 +236,10 @@ def _change(g: GraphBuilder) -> GraphBuilder:
     return g
 
 
-def _extrapolate(g: GraphBuilder) -> GraphBuilder:
-    last, earlier = (g.input(name, "float32", _TOKENS) for name in ("last_velocity", "earlier_velocity"))
-    factor = g.op("Slice", g.input("weights", "float32", [6]), g.ints(5), g.ints(6))
-    change = g.op("Mul", factor, g.op("Sub", last, earlier))
-    g.output(g.op("Add", last, change), "sketch", "float32", _TOKENS)
-    return g
-
-
 def _integrate(g: GraphBuilder) -> GraphBuilder:
     latents, velocity, history = (g.input(name, "float32", _TOKENS) for name in ("latents", "velocity", "history"))
-    weights = g.input("weights", "float32", [6])
-    a, b, c, d, e = (g.op("Slice", weights, g.ints(i), g.ints(i + 1)) for i in range(5))
+    weights: list[str] = g.op("Split", g.input("weights", "float32", [5]), outputs=5, axis=0, num_outputs=5)
+    a, b, c, d, e = weights
     euler = g.op("Add", g.op("Mul", a, latents), g.op("Mul", b, velocity))
     g.output(g.op("Add", euler, g.op("Mul", c, history)), "next_latents", "float32", _TOKENS)
     g.output(g.op("Add", g.op("Mul", d, latents), g.op("Mul", e, velocity)), "next_history", "float32", _TOKENS)
@@ -272,7 +264,6 @@ _MAKERS: tuple[Callable[[GraphBuilder], GraphBuilder], ...] = (
     _select,
     _count,
     _change,
-    _extrapolate,
     _integrate,
     _finite,
 )

@@ -35,7 +35,8 @@ def join_text(
 
 
 def advance(timesteps: Tensor, coefficients: Tensor, step: Tensor, row_index: Tensor) -> dict[str, Tensor]:
-    """What a step needs of the request's table: its timestep for every row [R] and its coefficients [6]; and the next index."""
+    """What a step needs of the request's table: its timestep for every row [R], its solver's coefficients [5], and the index
+    after its own."""
     return {
         "timestep": timesteps[step].expand(len(row_index)),
         "weights": coefficients[step][0],
@@ -158,14 +159,9 @@ def change(velocity: Tensor, last_velocity: Tensor) -> dict[str, Tensor]:
     return {"change": torch.tanh((velocity - last_velocity).abs().mean() / last_velocity.abs().mean())[None]}
 
 
-def extrapolate(last_velocity: Tensor, earlier_velocity: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """What the velocity is if it goes on in a straight line through the last two steps', ``v + f (v - v_earlier)``."""
-    return {"sketch": last_velocity + weights[5] * (last_velocity - earlier_velocity)}
-
-
 def integrate(latents: Tensor, velocity: Tensor, history: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """One step of the solver, ``a x + b v + c h``, and what it remembers, ``d x + e v``; see `hst_trt.schedule.SOLVERS`."""
-    a, b, c, d, e, _ = weights
+    a, b, c, d, e = weights
     return {"next_latents": a * latents + b * velocity + c * history, "next_history": d * latents + e * velocity}
 
 
@@ -185,7 +181,6 @@ REFERENCE: dict[str, Callable[..., dict[str, Tensor]]] = {
     "select": select,
     "count": count,
     "change": change,
-    "extrapolate": extrapolate,
     "integrate": integrate,
     "finite": finite,
 }

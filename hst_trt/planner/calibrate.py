@@ -1,6 +1,6 @@
 """Measures many schedules of a pair on a few prompts, where it pays: along the frontier of cost and distance.
 
-First the large model alone at every step count and a spread of schedules at random; then, round by round, a model of the
+First the large model alone at a spread of step counts and a spread of schedules at random; then, round by round, a model of the
 distance is learned from all that was measured, and for each of many budgets the schedule is measured next that it expects
 most of. What is kept is what was measured, not the model.
 """
@@ -157,10 +157,14 @@ class Calibrator:
         while len(self.measured) < count and (points := first or self._promising(rng)):
             for point in points:
                 if point not in self.measured and len(self.measured) < count:
-                    error = np.square(self._latents(point.settings) - self._converged).mean((1, 2, 3))
-                    self.measured[point] = float(np.sqrt(error).mean())
+                    self.measured[point] = float(self.distances(point).mean())
                     yield point
             first = []
+
+    def distances(self, point: Point) -> np.ndarray:
+        """To the converged large model, root mean square over latents, [prompts]."""
+        error: np.ndarray = np.square(self._latents(point.settings) - self._converged).mean((1, 2, 3))
+        return np.sqrt(error)
 
     def _sigmas_of(self, point: Point) -> np.ndarray:
         """[N+1]"""

@@ -4,11 +4,11 @@ Two things part a picture from the converged large model's: steps of finite leng
 model's. Taken as independent,
 
     distance^2 = steps(N, solver, shift)^2 + alone^2
-    alone = sum over steps of |dsigma| g(sigma) f(step)  +  sum over extrapolated steps of |dsigma|^p h(sigma, ratio)
+    alone = sum over steps of |dsigma| g(sigma) f(step)  +  sum over held steps of |dsigma|^p h(sigma, ratio)
 
 where ``steps`` is the measured distance of the large model alone, ``g`` says what the small model's velocity does to the
 picture at that noise level, and ``f`` is 0 for a full large call, 1 for the small model alone, and less where a mask or the
-correction helps; ``h`` is for tokens that follow their own past. The 23 numbers in ``p``, ``g``, ``f`` and ``h`` are fitted.
+correction helps; ``h`` is for tokens that keep their last velocity. The 22 numbers in ``p``, ``g``, ``f`` and ``h`` are fitted.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class DistanceModel:
         return float(np.exp(np.interp(np.log(point.steps), steps, distances)))
 
     def _table(self, points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of points: |dsigma| by step and kind [points, 3, steps] (masked, small alone, extrapolated), sigma in the middle of
+        """Of points: |dsigma| by step and kind [points, 3, steps] (masked, small alone, held), sigma in the middle of
         each step, the distance of the large model alone [points], and ratio, correction and solver as numbers [points, 3]."""
         most = max(point.steps for point in points)
         ways, middles = np.zeros((len(points), 3, most)), np.zeros((len(points), most))
         for i, point in enumerate(points):
             sigmas, (large, hybrid, _) = self._sigmas(point), point.stages
-            way, masked = -np.diff(sigmas), 2 if point.multirate else 0
+            way, masked = -np.diff(sigmas), 2 if point.ras else 0
             middles[i, : point.steps] = (sigmas[1:] + sigmas[:-1]) / 2
             ways[i, masked, large : large + hybrid] = way[large : large + hybrid]
             ways[i, 1, large + hybrid : point.steps] = way[large + hybrid :]

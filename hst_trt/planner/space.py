@@ -1,6 +1,6 @@
-"""The schedules a planner chooses from: (steps, solver, shift, stages, mask ratio, correction, refresh, multirate).
+"""The schedules a planner chooses from: (steps, solver, shift, stages, mask ratio, correction, refresh, ras).
 
-All are plans of the schedules ``hybrid`` and ``multirate``, which hold the others: without hybrid and small steps they are the
+All are plans of the schedules ``hybrid`` and ``ras``, which hold the others: without hybrid and small steps they are the
 large model alone, a hybrid without hybrid steps is SRDiffusion with a fixed switch. Steps are spaced evenly down to 0
 (``trailing``): the other spacing spends one call on next to nothing, whichever schedule it is.
 """
@@ -37,7 +37,7 @@ class Point:
         ratio: mask ratio, a bucket's; 0 without hybrid steps.
         correction: 0 where the small model is never alone.
         refresh: every so manyth hybrid step is a full large call; 0 for none.
-        multirate: whether tokens outside the mask follow their own past, not the small model, which then draws nothing.
+        ras: whether tokens outside the mask keep their last velocity; the small model then draws nothing.
     """
 
     stages: tuple[int, int, int]
@@ -46,7 +46,7 @@ class Point:
     ratio: float = 0.0
     correction: float = 0.0
     refresh: int = 0
-    multirate: bool = False
+    ras: bool = False
 
     @property
     def steps(self) -> int:
@@ -70,7 +70,7 @@ class Point:
             return settings | {"schedule": "large"}
         if small == self.steps:
             return settings | {"schedule": "small"}
-        schedule = "multirate" if self.multirate else "hybrid" if hybrid else "srdiffusion"
+        schedule = "ras" if self.ras else "hybrid" if hybrid else "srdiffusion"
         settings |= {"schedule": schedule, "stages": self.stages, "correction": self.correction}
         if hybrid:
             settings |= {"mask": MaskRule(ratio=self.ratio), "refresh_every": self.refresh}
@@ -130,7 +130,7 @@ class Space:
         found = [dataclasses.replace(point, stages=(large + x, hybrid + y, small + z)) for x, y, z in moves]
         ratio = point.ratio or self.ratios[len(self.ratios) // 2]
         found = [dataclasses.replace(one, ratio=ratio) for one in [point, *found]]
-        found += [dataclasses.replace(one, multirate=not point.multirate, refresh=2) for one in found]
+        found += [dataclasses.replace(one, ras=not point.ras, refresh=2) for one in found]
         found += [dataclasses.replace(point, solver=solver) for solver in SOLVERS]
         found += [dataclasses.replace(point, shift=shift) for shift in self.shifts]
         found += [dataclasses.replace(point, ratio=other) for other in self.ratios]
@@ -142,7 +142,7 @@ class Space:
     def tidied(self, point: Point) -> Point:
         """The same schedule with what it does not use at its default."""
         large, hybrid, small = point.stages
-        if point.multirate and hybrid + small and large >= _TWO:
+        if point.ras and hybrid + small and large >= _TWO:
             hybrid = hybrid + small
             refresh = point.refresh if point.refresh <= hybrid else 0
             return dataclasses.replace(point, stages=(large, hybrid, 0), correction=0.0, refresh=refresh)
@@ -156,5 +156,5 @@ class Space:
             ratio=point.ratio if hybrid else 0.0,
             correction=point.correction if large + hybrid and hybrid + small else 0.0,
             refresh=refresh,
-            multirate=False,
+            ras=False,
         )

@@ -1,0 +1,230 @@
+"""Writes docs/results.md and its figures from what the benchmarks left in benchmarks/results/. Nothing is measured here.
+
+python benchmarks/page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hst_trt.compare.run import Figure
+from hst_trt.plots import frontier_figure, save_figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+AIM_GAIN, AIM_RIVAL, AIM_SPEED, AIM_FIT = 1.2, 1.05, 0.05, 0.99
+PLANNED = (
+    "asked",
+    "options",
+    "PSNR over the nearest baseline as fast, dB",
+    "that baseline",
+    "times as fast as the large model alone at equal PSNR",
+)
+SHOWN_FROM = 1.2
+"""Speed-up from which the plot shows rows: the baseline itself and what is slower say nothing of the frontier."""
+
+
+def span(figure: Mapping[str, float] | None, digits: int = 2, scale: float = 1.0) -> str:
+    """A value with its interval."""
+    if figure is None:
+        return "-"
+    value, low, high = (f"{scale * figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def machine(content: Mapping[str, Any]) -> str:
+    about = content["machine"]
+    return (
+        f"{about['cpu']}, {about.get('threads', 1)} thread{'s' if about.get('threads', 1) != 1 else ''} a call, {about['date']}"
+    )
+
+
+def frontier(content: Mapping[str, Any]) -> list[str]:
+    rows = {row["name"]: row for row in content["rows"]}
+    lines = [
+        "## Frontier\n",
+        f"{content['prompts']} held-out prompts, each with a seed of its own, by every row in turn; {machine(content)}.",
+        "Speed-ups are of the denoising loop, picture by picture over 28 large steps as diffusers takes them; medians.",
+        f"PSNR, SSIM and feature distance are to the converged large model: `{content['reference']}`.",
+        "KID x 1000 is to 500 real scenes of other prompts; right: pictures that show all that was asked for and nothing else.",
+        "In brackets 95 % intervals over prompts. `best` in a name: `--solver ab2 --timestep-spacing trailing --shift 4`.\n",
+        "![speed against distance](images/frontier.png)\n",
+    ]
+    body = []
+    for family, names in content["families"].items():
+        for name in names:
+            row = rows[name]
+            far = row["to_converged"]
+            body.append(
+                [
+                    family if name == names[0] else "",
+                    name,
+                    f"{row['speedup']['median']:.2f}x",
+                    span(far["psnr"]),
+                    f"{far['ssim']['value']:.3f}",
+                    f"{far['feature distance']['value']:.4f}" if "feature distance" in far else "-",
+                    span(row["kid"], 1, 1000),
+                    span(row["right"], 1, 100),
+                ]
+            )
+    base = rows["large"]
+    far = base["to_converged"]
+    first = ["baseline", "large, 28 steps", "1.00x", span(far["psnr"]), f"{far['ssim']['value']:.3f}"]
+    first += [f"{far['feature distance']['value']:.4f}", span(base["kid"], 1, 1000), span(base["right"], 1, 100)]
+    lines += table(("", "schedule", "speed-up", "PSNR, dB", "SSIM", "features", "KID x 1000", "right, %"), [first, *body])
+    lines += ["What the planner chose, as options of `hst-trt run`:\n"]
+    planned = content["families"]["planner"]
+    lines += table(
+        (
+            "asked",
+            "options",
+            "PSNR over the nearest baseline as fast, dB",
+            "that baseline",
+            "as fast as the large model alone at equal PSNR",
+        ),
+        [
+            [
+                name.removeprefix("planner, "),
+                f"`{rows[name]['options']}`",
+                span(content["over_best_baseline"].get(name)),
+                content["over_best_baseline"].get(name, {}).get("baseline", "-"),
+                span(content["gain"].get(name), 3),
+            ]
+            for name in planned
+        ],
+    )
+    reached = [name for name in planned if (found := content["gain"].get(name)) and found["low"] >= AIM_GAIN]
+    apart = [name for name in planned if (found := content["over_best_baseline"].get(name)) and found["low"] > 0]
+    lines += [
+        f"- Aim, from 2x on: nearer than every baseline, intervals apart. It holds for {', '.join(apart) or 'none'}.",
+        f"- Aim: {AIM_GAIN - 1:.0%} more speed than the large model alone at equal distance.",
+        f"Reached by {', '.join(reached) or 'none'}.\n",
+    ]
+    return lines
+
+
+def draw_frontier(content: Mapping[str, Any]) -> None:
+    rows = {row["name"]: row for row in content["rows"]}
+    kinds = {}
+    for family, names in content["families"].items():
+        points = [(name, rows[name]["speedup"]["median"], Figure(**rows[name]["to_converged"]["psnr"])) for name in names]
+        kinds[family] = sorted((point for point in points if point[1] >= SHOWN_FROM), key=lambda point: point[1])
+    save_figure(frontier_figure(kinds, "PSNR to the converged large model, dB", named=False), DOCS / "images" / "frontier.png")
+
+
+def planner(content: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Planner\n",
+        f"What was promised, and what came ({machine(content)}, interleaved rounds); and the choice beside 50 schedules",
+        "of its own space, drawn at random among those of the same predicted cost: root mean square distance over latents, on",
+        f"{content['prompts']} held-out prompts.\n",
+    ]
+    body = []
+    for asked, row in content["asked"].items():
+        took = row["measured"]
+        body.append(
+            [
+                f"{asked}x",
+                f"{row['predicted']:.2f}x",
+                f"{took['median']:.3f}x ({took['q25']:.3f} to {took['q75']:.3f})" if took else "-",
+                f"{row['distance']:.4f}",
+                f"{row['best_rival']['distance']:.4f}",
+                span(row["over_best_rival"], 3),
+                f"{row['rivals_nearer']} of {row['rivals']}",
+            ]
+        )
+    head = ("asked", "predicted", "measured (quartiles)", "distance", "the best at random", "over it", "at random nearer")
+    lines += table(head, body)
+    speeds = all(
+        row["measured"] and abs(row["measured"]["median"] / float(a) - 1) <= AIM_SPEED for a, row in content["asked"].items()
+    )
+    rivals = all(row["over_best_rival"]["value"] <= AIM_RIVAL for row in content["asked"].values())
+    lines += [
+        f"- Aim: measured within {AIM_SPEED:.0%} of what was asked for. {'Reached' if speeds else 'Not reached'}.",
+        f"- Aim: not beaten by more than {AIM_RIVAL - 1:.0%} by any at random. {'Reached' if rivals else 'Not reached'}.\n",
+    ]
+    return lines
+
+
+def fits(content: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Cost\n",
+        "Time over image tokens of a large call, over steps, and over images of a request; medians of",
+        f"{content['rounds']} interleaved rounds, straight lines by least squares ({machine(content)}).\n",
+        "![fits of time against tokens, steps and images](images/cost_fits.png)\n",
+    ]
+    body = [
+        [name, f"{1e3 * one['fit']['at_zero']:.2f}", f"{1e3 * one['fit']['each']:.3f}", f"{one['fit']['r2']:.4f}"]
+        for name, one in content["series"].items()
+    ]
+    lines += table(("over", "ms at none", "ms for each", "R^2"), body)
+    reached = all(one["fit"]["r2"] >= AIM_FIT for one in content["series"].values())
+    return [*lines, f"- Aim: R^2 of {AIM_FIT} or more. {'Reached' if reached else 'Not reached'}.\n"]
+
+
+def beside(content: Mapping[str, Any]) -> list[str]:
+    about = content["machine"]
+    lines = [
+        "## Beside other systems\n",
+        "The same pair, prompts, seeds and machine, one picture of each system in turn",
+        f"({about['cpu']}, {about['threads']} threads, {about['date']}, {about['rounds']} rounds);",
+        "all of it is in [beside_others.md](../benchmarks/results/beside_others.md).\n",
+    ]
+    body = [
+        [name, f"{1e3 * row['seconds']['median']:.0f}", "the same" if row["same_pictures"] else f"others, {row['psnr']} dB"]
+        for name, row in content["systems"].items()
+    ]
+    lines += table(("system", "request, ms", "pictures"), body)
+    lines += table(
+        ("", "as fast as", "at least", "measured", ""),
+        [
+            [
+                t["ours"],
+                t["other"],
+                f"{t['at_least']}",
+                span(content["ratios"][t["ours"]].get(t["other"], {}).get("seconds"), 2),
+                t["verdict"],
+            ]
+            for t in content["targets"]
+        ],
+    )
+    return lines
+
+
+def variants(content: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Variants\n",
+        f"Each beside the large model alone at the same cost (cost model), on {content['prompts']} prompts, all with",
+        "`--solver ab2 --timestep-spacing trailing --shift 4`: below 1 is nearer. Masked calls are read off full ones, a bound",
+        "from above. Letters: `benchmarks/variants.py`. What was made of it: [experiments](experiments.md).\n",
+    ]
+    body = [
+        [row["about"], f"`{row['steps']}`", f"{row['cost']:.2f}", f"{row['distance']:.4f}", span(row["over_large_alone"], 3)]
+        for row in content["variants"]
+    ]
+    return [*lines, *table(("variant", "steps", "large calls", "distance", "over the large model alone"), body)]
+
+
+def main() -> None:
+    parts = {"frontier": frontier, "planner_check": planner, "beside_others": beside, "cost_fits": fits, "variants": variants}
+    lines = [
+        "# Results\n",
+        "Made by `make results` on the demo pair; every figure was measured, by the scripts in `benchmarks/`.\n",
+    ]
+    for name, part in parts.items():
+        content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        if name == "frontier":
+            draw_frontier(content)
+        lines += part(content)
+    (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
