@@ -32,6 +32,7 @@ from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.plan import MaskRule
 from hst_trt.planner.choose import Budget, choose
+from hst_trt.planner.space import Point
 from hst_trt.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,14 +43,18 @@ REAL = 500
 
 BUDGETS = (1.3, 1.5, 1.83, 2.0, 2.5, 3.0, 3.5, 4.0)
 BEST = {"solver": "ab2", "timestep_spacing": "trailing", "shift": 4.0}
+BETWEEN = ((9, 5.0), (11, 5.0), (12, 4.0), (17, 4.0))
+"""Steps and shift of large-only rows that the calibration has no point for, so that the curve has no gaps."""
+
 PLANNER, ALONE = "planner", "large alone, the best of any solver and shift"
 
 
 def families(pipeline: HybridStitchPipeline) -> dict[str, list[NamedSchedule]]:
-    """The rows by what they stand for; one schedule may stand for several things."""
+    """The rows by what they stand for. The planner's are in the order of `BUDGETS`; one row may stand for several things."""
     choices = {speedup: choose(pipeline.bundle, Budget(speedup=speedup), None) for speedup in BUDGETS}
     planned = {f"planner, {speedup:g}x": choice.best.point.settings for speedup, choice in choices.items()}
     alone = {choice.large_only.point for choice in choices.values() if choice.large_only is not None}
+    alone |= {Point((n, 0, 0), "ab2", shift) for n, shift in BETWEEN}
     counted: dict[str, dict[str, dict[str, Any]]] = {
         PLANNER: planned,
         "large alone, as diffusers runs it": {f"large, {n} steps": {"num_inference_steps": n} for n in (21, 14, 9, 7)},
@@ -90,9 +95,15 @@ def families(pipeline: HybridStitchPipeline) -> dict[str, list[NamedSchedule]]:
         "small alone": {"small, 28 steps": {"num_inference_steps": STEPS}},
     }
     schedules = dict(zip(counted, (None, "large", None, "t-stitch", "srdiffusion", "ras", "hybrid", "small"), strict=True))
+    drawn: dict[str, NamedSchedule] = {}
+
+    def once(row: NamedSchedule) -> NamedSchedule:
+        """The row that stands for this schedule, which is drawn once under one name."""
+        return drawn.setdefault(str(sorted(row.settings.items(), key=str)), row)
+
     return {
         family: [
-            NamedSchedule(name, row if (kind := schedules[family]) is None else {"schedule": kind, **row})
+            once(NamedSchedule(name, row if (kind := schedules[family]) is None else {"schedule": kind, **row}))
             for name, row in rows.items()
         ]
         for family, rows in counted.items()
@@ -165,7 +176,7 @@ def main() -> None:
     if arguments.help_out:
         return
     made = {one.row.name: one for one in comparison.rows}
-    planned = [row.name for row in kinds[PLANNER]]
+    planned = list(dict.fromkeys(row.name for row in kinds[PLANNER]))
     baselines = [row.name for family, rows in kinds.items() if family != PLANNER for row in rows] + ["large"]
     alone = [row.name for row in kinds[ALONE]]
     content = {
@@ -175,7 +186,8 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
         },
         "fingerprint": pipeline.bundle.manifest.fingerprint,
-        "families": {family: [row.name for row in rows] for family, rows in kinds.items()},
+        "planned": {f"{speedup:g}": row.name for speedup, row in zip(BUDGETS, kinds[PLANNER], strict=True)},
+        "families": {family: list(dict.fromkeys(row.name for row in rows)) for family, rows in kinds.items()},
         "gain": gains(made, planned, alone),
         "over_best_baseline": differences(made, planned, baselines),
         **as_dict(comparison),

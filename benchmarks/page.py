@@ -91,13 +91,13 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
         ),
         [
             [
-                name.removeprefix("planner, "),
+                f"{asked}x",
                 f"`{rows[name]['options']}`",
                 span(content["over_best_baseline"].get(name)),
                 content["over_best_baseline"].get(name, {}).get("baseline", "-"),
                 span(content["gain"].get(name), 3),
             ]
-            for name in planned
+            for asked, name in content["planned"].items()
         ],
     )
     reached = [name for name in planned if (found := content["gain"].get(name)) and found["low"] >= AIM_GAIN]
