@@ -9,7 +9,7 @@ import click
 
 from ..errors import RequestError
 from .console import bars, messages, print_json, tables
-from .options import BUNDLE, find_bundle, plan_arguments, schedule_options, size_options
+from .options import BUNDLE, DEVICE, THREADS, find_bundle, plan_arguments, schedule_options, size_options
 
 if TYPE_CHECKING:
     from ..bench import CallBench, RunBench
@@ -26,7 +26,8 @@ _IDLE = 0.9  # CPU time over wall time that runs of one thread have on a CPU at 
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; off at 1 and below.")
 @click.option("--rounds", type=int, default=15, show_default=True, help="Interleaved rounds of calls.")
 @click.option("--run-rounds", type=int, default=5, show_default=True, help="Interleaved rounds of whole runs; 0 for none.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
+@DEVICE
+@THREADS
 @click.option("--save-costs", is_flag=True, help="Write the costs of calls into the bundle, where plan and run find them.")
 @click.option(
     "--plots",
@@ -39,6 +40,7 @@ def bench(
     guidance_scale: float | None,
     rounds: int,
     run_rounds: int,
+    device: int,
     threads: int,
     save_costs: bool,
     plots: Path | None,
@@ -64,7 +66,7 @@ def bench(
         figures.open_folder(plots)
     with bars(quiet=as_json) as progress:
         task = progress.add_task("bench", total=2, note="calls")
-        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads)
+        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle, device), device=device, threads=threads)
         plan = pipeline.plan(**arguments)
         scale = pipeline.bundle.manifest.defaults.guidance_scale if guidance_scale is None else guidance_scale
         shape = RequestShape(1, scale > 1, *pipeline.grid(arguments["height"], arguments["width"]))

@@ -8,7 +8,7 @@ import click
 
 from ..errors import RequestError
 from .console import bars, print_json, tables
-from .options import BUNDLE, PROMPTS, find_bundle, prompts_of, size_options
+from .options import BUNDLE, DEVICE, PROMPTS, THREADS, find_bundle, prompts_of, size_options
 
 __all__ = ["calibrate"]
 
@@ -22,8 +22,8 @@ LEAST_PROMPTS = 4
 @size_options
 @click.option("--baseline-steps", type=int, help="Steps of the large-only run that speed-ups are over; the bundle's default.")
 @click.option("--converged-steps", type=int, default=80, show_default=True, help="Steps of the run that distances are to.")
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU, for bundles of engines.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
+@DEVICE
+@THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def calibrate(
     bundle: str | None,

@@ -19,7 +19,9 @@ from ..schedule import Solver, TimestepSpacing
 
 __all__ = [
     "BUNDLE",
+    "DEVICE",
     "PROMPTS",
+    "THREADS",
     "budget_of",
     "budget_options",
     "find_bundle",
@@ -37,6 +39,13 @@ PROMPTS = click.option(
     "--prompts-file",
     type=click.Path(path_type=Path),
     help="Prompts, one a line; the number of a line, from 0, is its seed.",
+)
+
+DEVICE = click.option(
+    "--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU, for bundles of engines."
+)
+THREADS = click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core."
 )
 
 _SCHEDULE = (

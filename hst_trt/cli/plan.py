@@ -136,6 +136,8 @@ def _print_choice(choice: Choice, budget: str) -> None:
     )
     if choice.best == choice.large_only:
         tables.print("fewer steps of the large model alone are the best one can do for this: no second model, no mask")
+    elif choice.best.point.ras:
+        tables.print("the large model alone, on a mask in some steps, is the best one can do for this: no second model")
 
 
 def _not_used(bundle: Bundle, h: int, w: int, threads: int) -> str:

@@ -15,6 +15,8 @@ from ..errors import RequestError
 from .console import bars, messages, print_json, tables
 from .options import (
     BUNDLE,
+    DEVICE,
+    THREADS,
     budget_of,
     budget_options,
     find_bundle,
@@ -54,9 +56,9 @@ __all__ = ["run"]
 )
 @click.option("--overwrite", is_flag=True, help="Number files from 000, replacing older ones.")
 @click.option("--save-masks", is_flag=True, help="Also lay each step's mask over the first finished picture, in one file.")
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU; one process uses one.")
+@DEVICE
 @click.option("--low-vram", is_flag=True, help="Load engines when they are needed and free them after, for every picture.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
+@THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def run(
     prompt: str | None,

@@ -11,7 +11,7 @@ import click
 
 from ..errors import HstError, NumericsError
 from .console import bars, print_json, tables
-from .options import BUNDLE, find_bundle
+from .options import BUNDLE, DEVICE, find_bundle
 
 if TYPE_CHECKING:
     from ..validate import Parity
@@ -21,7 +21,7 @@ __all__ = ["validate"]
 
 @click.command()
 @BUNDLE
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="Which GPU, for a bundle of engines.")
+@DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def validate(bundle: str | None, device: int, as_json: bool) -> None:
     """Compare every engine of a bundle with its graph in float32, on the calls of real requests.
