@@ -14,6 +14,7 @@ from PIL import Image
 
 from hst_trt.cli.options import prompts_of, schedules_of
 from hst_trt.compare.measures import psnr
+from hst_trt.compare.perceptual import Fid, Perceptual
 from hst_trt.compare.report import as_dict, as_html
 from hst_trt.compare.rows import NamedSchedule, Prompt, as_options, usual_schedules
 from hst_trt.compare.run import CONVERGED, compare
@@ -181,6 +182,49 @@ def test_kid_and_a_judge_of_pictures_are_reported(pipeline: HybridStitchPipeline
     few = compare(pipeline, cases[:9], rows, tmp_path, **settings)
     assert few.rows[0].kid is None
     assert "no KID" in few.notes[0]
+
+
+def test_measures_of_other_people_are_reported_where_they_are_there(
+    pipeline: HybridStitchPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics", reason='needs pip install "torchmetrics"')
+    real = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), np.uint8)
+    asked: list[bool] = []
+
+    def made(*, fid: bool) -> tuple[Perceptual, tuple[str, ...]]:
+        asked.append(fid)
+        return Perceptual(
+            lpips=lambda a, b: np.abs(a / 255 - b / 255).mean((1, 2, 3)),
+            clip=lambda pictures, prompts: np.array([float(len(prompt)) for prompt in prompts]),
+            inception=(lambda pictures: pictures.mean((1, 2), np.float32)) if fid else None,
+        ), ()
+
+    monkeypatch.setattr("hst_trt.compare.run.perceptual", made)
+    settings = {"baseline_steps": 4, "converged_steps": 8, "size": SIZE, "real": real}
+    few = compare(pipeline, PROMPTS, ROWS[1:2], tmp_path, **settings)
+    assert [row.fid for row in few.rows] == [None, None]
+    assert "no FID: it takes 50 prompts and real pictures, there are 2 and 3" in few.notes
+    assert "<th>FID" not in as_html(few, pipeline, "T", "<svg></svg>")
+
+    monkeypatch.setattr("hst_trt.compare.run.LEAST_FOR_FID", 2)
+    comparison = compare(pipeline, PROMPTS, ROWS[1:2], tmp_path, **settings)
+    assert asked == [False, True]
+    drawn = [comparison.gallery[case].pictures for case in PROMPTS]
+    hybrid, large = (np.stack([one[name] for one in drawn]) for name in ("hybrid", "large"))
+    large_row, row = comparison.rows
+    assert "lpips" in comparison.measures
+    assert "lpips" in large_row.to_converged
+    np.testing.assert_allclose(row.to_same_steps["lpips"], np.abs(hybrid / 255 - large / 255).mean((1, 2, 3)))
+    assert row.clip is not None
+    assert row.clip.value == np.mean([len(case.prompt) for case in PROMPTS])
+    fid = Fid(real.mean((1, 2), np.float32))(hybrid.mean((1, 2), np.float32))
+    assert row.fid == pytest.approx(fid)
+    reported = as_dict(comparison)["rows"][1]
+    assert reported["fid"] == round(fid, 3)
+    assert set(reported["clip"]) == set(reported["to_converged"]["lpips"]) == {"value", "low", "high"}
+    page = as_html(comparison, pipeline, "T", "<svg></svg>")
+    assert "<th>LPIPS</th>" in page
+    assert "<th>FID</th><th>CLIP score</th>" in page
 
 
 def test_the_report_holds_what_was_compared(pipeline: HybridStitchPipeline, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .console import bars, messages, print_json, tables
-from .options import BUNDLE, PROMPTS, find_bundle, prompts_of, schedules_of, size_options
+from .options import BUNDLE, DEVICE, PROMPTS, THREADS, find_bundle, prompts_of, schedules_of, size_options
 
 __all__ = ["compare"]
 
@@ -23,7 +23,7 @@ __all__ = ["compare"]
 @size_options
 @click.option("--baseline-steps", type=int, help="Steps of the large-only run that speed-ups are over; the bundle's default.")
 @click.option("--converged-steps", type=int, default=80, show_default=True, help="Steps of the run that distances are to.")
-@click.option("--real-dir", type=click.Path(path_type=Path), help="Folder of real pictures, for KID.")
+@click.option("--real-dir", type=click.Path(path_type=Path), help="Folder of real pictures, for KID and FID.")
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
@@ -31,7 +31,8 @@ __all__ = ["compare"]
     show_default=True,
     help="Report and pictures; a stopped comparison goes on where it was.",
 )
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core.")
+@DEVICE
+@THREADS
 @click.option("--json", "as_json", is_flag=True, help="Print the report's JSON object instead of a table.")
 def compare(
     bundle: str | None,
@@ -43,6 +44,7 @@ def compare(
     converged_steps: int,
     real_dir: Path | None,
     output_dir: Path,
+    device: int,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -67,7 +69,7 @@ def compare(
     open_folder(output_dir)  # before pictures are drawn for half an hour
     with bars(quiet=as_json) as progress:
         task = progress.add_task("compare", total=None, note="")
-        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle), threads=threads)
+        pipeline = HybridStitchPipeline.from_bundle(find_bundle(bundle, device), device=device, threads=threads)
         grid = pipeline.grid(height, width)
         real = None
         if real_dir is not None:

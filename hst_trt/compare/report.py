@@ -28,6 +28,7 @@ COLUMNS = {  # of the measures: title, digits
     "psnr": ("PSNR, dB", 2),
     "ssim": ("SSIM", 3),
     "feature distance": ("feature distance", 4),
+    "lpips": ("LPIPS", 4),
 }
 
 
@@ -54,6 +55,8 @@ def _row(one: Compared) -> dict[str, Any]:
         "to_converged": _means(one.to_converged),
         "to_same_steps": _means(one.to_same_steps),
         "kid": one.kid and one.kid.to_dict(),
+        "clip": one.clip and one.clip.to_dict(),
+        "fid": None if one.fid is None else round(one.fid, 3),
         "right": one.right and one.right.to_dict(),
     }
 
@@ -106,13 +109,16 @@ the same sampling. In brackets 95 % intervals.</p>
 
 def _table(comparison: Comparison) -> str:
     heads = ["schedule", "speed-up", "seconds", *(COLUMNS[key][0] for key in comparison.measures)]
-    with_kid, with_right = (any(getattr(row, key) for row in comparison.rows) for key in ("kid", "right"))
-    heads += ["KID, x 1000"] * with_kid + ["right, %"] * with_right + ["PSNR to as many steps"]
+    last = ("kid", "KID, x 1000"), ("fid", "FID"), ("clip", "CLIP score"), ("right", "right, %")
+    there = {key: title for key, title in last if getattr(comparison.rows[0], key) is not None}
+    heads += [*there.values(), "PSNR to as many steps"]
     lines = []
     for one in sorted(comparison.rows, key=lambda row: row.speedup.median):
         cells = [f"{one.speedup.median:.2f}x", f"{one.total_seconds.median:.3f}"]
         cells += [_cell(Figure.mean(one.to_converged[key]), COLUMNS[key][1]) for key in comparison.measures]
-        cells += [_cell(one.kid, 1, 1000)] * with_kid + [_cell(one.right, 1, 100)] * with_right
+        made = {"kid": _cell(one.kid, 1, 1000), "clip": _cell(one.clip, 2), "right": _cell(one.right, 1, 100)}
+        made["fid"] = "" if one.fid is None else f"{one.fid:.1f}"
+        cells += [made[key] for key in there]
         cells += [_cell(Figure.mean(one.to_same_steps["psnr"]), 2) if one.to_same_steps else "the same"]
         name = f"<th>{html.escape(one.row.name)}<br><code>{html.escape(one.row.options)}</code></th>"
         lines.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")

@@ -23,6 +23,7 @@ from ..plan import Schedule, StitchPlan
 from ..schedule import AS_DIFFUSERS, Sampling
 from .gallery import Case, Gallery
 from .measures import Kid, interval, mean_interval, psnr, ssim, wilson
+from .perceptual import Fid, Perceptual, perceptual
 from .rows import NamedSchedule
 from .store import digest
 
@@ -39,6 +40,9 @@ LEAST_PROMPTS = 2
 CONVERGED = "converged"
 LEAST_FOR_KID = 10
 """Pictures, drawn and real, below which KID says nothing, and its resamples would hold one picture many times."""
+
+LEAST_FOR_FID = 50
+"""Pictures, drawn and real, below which FID is little but its bias. It is biased above, too, as far as thousands."""
 
 CHUNK = 16
 """Prompts whose pictures are measured at once."""
@@ -75,6 +79,8 @@ class Compared:
         loop_seconds, total_seconds: of every picture.
         speedup: of the loop over the baseline's, picture by picture.
         to_converged, to_same_steps: by measure, of every picture; empty for the row that is the reference itself.
+        clip: CLIP score of pictures and prompts.
+        fid: without an interval, see `Fid`.
     """
 
     row: NamedSchedule
@@ -85,6 +91,8 @@ class Compared:
     to_converged: Mapping[str, np.ndarray]
     to_same_steps: Mapping[str, np.ndarray]
     kid: Figure | None = None
+    clip: Figure | None = None
+    fid: float | None = None
     right: Figure | None = None
 
 
@@ -131,7 +139,7 @@ def compare(
         baseline_steps: of the large-only row that speed-ups are over; the bundle's default if left out.
         converged_steps: of the large-only row that distances are to.
         size: `height` and `width` in pixels.
-        real: real pictures [M, H, W, 3] uint8 for KID.
+        real: real pictures [M, H, W, 3] uint8 for KID and FID.
         judge: says which pictures are right.
         same_steps: whether to take the second distance; the runs that it is to take time.
 
@@ -172,17 +180,23 @@ def compare(
     gallery = Gallery(folder / f"pictures-{_key(pipeline, drawn, shape)}", {n: _Sized(r, shape) for n, r in drawn.items()})
     gallery.draw(pipeline, cases, say)
     features, notes = _features()
+    fewest = 0 if real is None else min(len(real), len(cases))
+    for name, least in (("KID", LEAST_FOR_KID), ("FID", LEAST_FOR_FID)):
+        if real is not None and fewest < least:
+            notes += (f"no {name}: it takes {least} prompts and real pictures, there are {len(cases)} and {len(real)}",)
+    others, lacking = perceptual(fid=fewest >= LEAST_FOR_FID)
+    notes += lacking
     pairs = [(name, other) for name in plans for other in {CONVERGED, twins.get(name, CONVERGED)}]
-    seen = _look(gallery, cases, pairs, features, judge)
-    kid = None
-    if real is not None and min(len(real), len(cases)) < LEAST_FOR_KID:
-        notes = (*notes, f"no KID: it takes {LEAST_FOR_KID} prompts and real pictures, there are {len(cases)} and {len(real)}")
-    elif real is not None and features is not None:
-        kid = Kid(_pooled(features, real))
+    seen = _look(gallery, cases, pairs, features, others, judge)
+    kid = fid = None
+    if real is not None and features is not None and fewest >= LEAST_FOR_KID:
+        kid = Kid(_by_chunks(lambda pictures: features(pictures)[0], real))
+    if real is not None and others.inception is not None:
+        fid = Fid(_by_chunks(others.inception, real))
 
     def compared(row: NamedSchedule) -> Compared:
         name = row.name
-        pooled, hits = seen.pooled.get(name), seen.right.get(name)
+        pooled, hits, clip = seen.pooled.get(name), seen.right.get(name), seen.clip.get(name)
         return Compared(
             row=row,
             plan=plans[name],
@@ -192,6 +206,8 @@ def compare(
             to_converged=seen.distances[name, CONVERGED],
             to_same_steps={} if twins.get(name, name) == name else seen.distances[name, twins[name]],
             kid=None if kid is None or pooled is None else Figure(kid(pooled), *interval(kid.resampled(pooled))),
+            clip=None if clip is None else Figure.mean(clip),
+            fid=None if fid is None else fid(seen.inception[name]),
             right=None if hits is None else Figure(float(hits.mean()), *wilson(int(hits.sum()), len(hits))),
         )
 
@@ -238,20 +254,28 @@ def _features() -> tuple[Features | None, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """By row, of every picture: seconds, features [N, 1280], whether it is right; by pair of rows the measures."""
+    """By row, of every picture: seconds, features [N, 1280], whether it is right, its CLIP score, InceptionV3's features
+    [N, 2048]; by pair of rows the measures."""
 
     loop: Mapping[str, Sample]
     total: Mapping[str, Sample]
     distances: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
     pooled: Mapping[str, np.ndarray]
     right: Mapping[str, np.ndarray]
+    clip: Mapping[str, np.ndarray]
+    inception: Mapping[str, np.ndarray]
 
 
 def _look(
-    gallery: Gallery, cases: Sequence[Case], pairs: Sequence[tuple[str, str]], features: Features | None, judge: Judge | None
+    gallery: Gallery,
+    cases: Sequence[Case],
+    pairs: Sequence[tuple[str, str]],
+    features: Features | None,
+    others: Perceptual,
+    judge: Judge | None,
 ) -> _Seen:
     """Looks at every picture once, some prompts at a time, so that no more are in memory."""
-    loop, total, pooled, right = (defaultdict[str, list[Any]](list) for _ in range(4))
+    loop, total, pooled, right, clip, inception = (defaultdict[str, list[Any]](list) for _ in range(6))
     distances: defaultdict[tuple[str, str], defaultdict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     for start in range(0, len(cases), CHUNK):
         part = cases[start : start + CHUNK]
@@ -266,20 +290,26 @@ def _look(
                 pooled[name].append(flat)
             if judge is not None:
                 right[name].append(judge(part, pixels))
+        for name in {name for name, _ in pairs}:  # not of what they are compared with: these two take longest
+            if others.clip is not None:
+                clip[name].append(others.clip(pictures[name], [case.prompt for case in part]))
+            if others.inception is not None:
+                inception[name].append(others.inception(pictures[name]))
         for name, other in pairs:
             values = distances[name, other]
             values["psnr"].append(np.minimum(psnr(pictures[name], pictures[other]), EQUAL))
             values["ssim"].append(ssim(pictures[name], pictures[other]))
             if features is not None:
                 values["feature distance"].append(features.distance(maps[name], maps[other]))
+            if others.lpips is not None:
+                values["lpips"].append(others.lpips(pictures[name], pictures[other]))
     return _Seen(
         {name: Sample(tuple(values)) for name, values in loop.items()},
         {name: Sample(tuple(values)) for name, values in total.items()},
         {pair: {key: np.concatenate(values) for key, values in by.items()} for pair, by in distances.items()},
-        {name: np.concatenate(values) for name, values in pooled.items()},
-        {name: np.concatenate(values) for name, values in right.items()},
+        *({name: np.concatenate(values) for name, values in by.items()} for by in (pooled, right, clip, inception)),
     )
 
 
-def _pooled(features: Features, pictures: np.ndarray) -> np.ndarray:
-    return np.concatenate([features(pictures[start : start + CHUNK])[0] for start in range(0, len(pictures), CHUNK)])
+def _by_chunks(network: Callable[[np.ndarray], np.ndarray], pictures: np.ndarray) -> np.ndarray:
+    return np.concatenate([network(pictures[start : start + CHUNK]) for start in range(0, len(pictures), CHUNK)])
