@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hst_trt.compare.run import Figure
 from hst_trt.plots import frontier_figure, save_figure
 
@@ -22,6 +24,7 @@ PLANNED = (
     "PSNR over the nearest baseline as fast, dB",
     "that baseline",
     "times as fast as the large model alone at equal PSNR",
+    "and as it is run by diffusers",
 )
 SHOWN_FROM = 1.2
 """Speed-up from which the plot shows rows: the baseline itself and what is slower say nothing of the frontier."""
@@ -80,7 +83,6 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
     first += [f"{far['feature distance']['value']:.4f}", span(base["kid"], 1, 1000), span(base["right"], 1, 100)]
     lines += table(("", "schedule", "speed-up", "PSNR, dB", "SSIM", "features", "KID x 1000", "right, %"), [first, *body])
     lines += ["What the planner chose, as options of `hst-trt run`:\n"]
-    planned = content["families"]["planner"]
     lines += table(
         (
             "asked",
@@ -96,18 +98,43 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
                 span(content["over_best_baseline"].get(name)),
                 content["over_best_baseline"].get(name, {}).get("baseline", "-"),
                 span(content["gain"].get(name), 3),
+                over_diffusers(rows, content, name),
             ]
             for asked, name in content["planned"].items()
         ],
     )
-    reached = [name for name in planned if (found := content["gain"].get(name)) and found["low"] >= AIM_GAIN]
-    apart = [name for name in planned if (found := content["over_best_baseline"].get(name)) and found["low"] > 0]
-    lines += [
-        f"- Aim, from 2x on: nearer than every baseline, intervals apart. It holds for {', '.join(apart) or 'none'}.",
-        f"- Aim: {AIM_GAIN - 1:.0%} more speed than the large model alone at equal distance.",
-        f"Reached by {', '.join(reached) or 'none'}.\n",
-    ]
+    over, gain = content["over_best_baseline"], content["gain"]
+    held = {
+        "nearer than every baseline that is as fast, by PSNR, intervals apart (the aim from 2x on)": [
+            asked for asked, name in content["planned"].items() if name in over and over[name]["low"] > 0
+        ],
+        "nearer than that baseline by feature distance": [
+            asked for asked, name in content["planned"].items() if name in over and features(rows, name, over[name]["baseline"])
+        ],
+        f"{AIM_GAIN - 1:.0%} faster than the large model alone at equal PSNR (the aim)": [
+            asked for asked, name in content["planned"].items() if name in gain and gain[name]["low"] >= AIM_GAIN
+        ],
+    }
+    lines += [f"- {claim}: {', '.join(f'{asked}x' for asked in which) or 'none'}" for claim, which in held.items()]
+    lines += [""]
     return lines
+
+
+def features(rows: Mapping[str, Any], name: str, other: str) -> bool:
+    """Whether a row is nearer than another by feature distance."""
+    mine, theirs = (rows[one]["to_converged"]["feature distance"]["value"] for one in (name, other))
+    return bool(mine < theirs)
+
+
+def over_diffusers(rows: Mapping[str, Any], content: Mapping[str, Any], name: str) -> str:
+    """How much faster a row is than fewer steps of diffusers' own sampling with the same mean PSNR, read off between them."""
+    family = next(names for family, names in content["families"].items() if family.endswith("as diffusers runs it"))
+    curve = sorted((rows[one]["to_converged"]["psnr"]["value"], rows[one]["speedup"]["median"]) for one in [*family, "large"])
+    levels, speeds = zip(*curve, strict=True)
+    mine = rows[name]["to_converged"]["psnr"]["value"]
+    if mine > levels[-1]:
+        return f"more than {rows[name]['speedup']['median']:.2f}: nearer than 28 of those steps"
+    return f"{rows[name]['speedup']['median'] / np.exp(np.interp(mine, levels, np.log(speeds))):.2f}"
 
 
 def draw_frontier(content: Mapping[str, Any]) -> None:
@@ -116,7 +143,10 @@ def draw_frontier(content: Mapping[str, Any]) -> None:
     for family, names in content["families"].items():
         points = [(name, rows[name]["speedup"]["median"], Figure(**rows[name]["to_converged"]["psnr"])) for name in names]
         kinds[family] = sorted((point for point in points if point[1] >= SHOWN_FROM), key=lambda point: point[1])
-    save_figure(frontier_figure(kinds, "PSNR to the converged large model, dB", named=False), DOCS / "images" / "frontier.png")
+    joined = [family for family in kinds if family.startswith(("planner", "large"))]
+    save_figure(
+        frontier_figure(kinds, "PSNR to the converged large model, dB", joined=joined), DOCS / "images" / "frontier.png"
+    )
 
 
 def planner(content: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,13 +177,15 @@ def breakdown_figure(runs: Mapping[str, Mapping[str, float]], title: str = "Wher
     return figure
 
 
-def frontier_figure(kinds: Mapping[str, Sequence[tuple[str, float, Any]]], measure: str, *, named: bool = True) -> Figure:
+def frontier_figure(
+    kinds: Mapping[str, Sequence[tuple[str, float, Any]]], measure: str, *, joined: Collection[str] = ()
+) -> Figure:
     """Speed against distance, a point a schedule.
 
     Args:
         kinds: by kind of schedule, its points: a name, the speed-up, and an object with `value`, `low` and `high`.
         measure: what the values are; more is better.
-        named: whether to name each point; else the points of a kind are joined.
+        joined: kinds whose points are joined by a line; if there are any, points are not named.
     """
     looks = (
         ("o", _LARGE),
@@ -199,9 +201,9 @@ def frontier_figure(kinds: Mapping[str, Sequence[tuple[str, float, Any]]], measu
         for (kind, points), (marker, colour) in zip(kinds.items(), looks, strict=False):
             x, y = [speed for _, speed, _ in points], [figure.value for _, _, figure in points]
             reach = [[f.value - f.low for _, _, f in points], [f.high - f.value for _, _, f in points]]
-            line = "" if named else "-"
+            line = "-" if kind in joined else ""
             axes.errorbar(x, y, reach, fmt=marker + line, ms=7, lw=1.4, color=colour, capsize=3, elinewidth=1, label=kind)
-            for number, (name, speed, f) in enumerate(points if named else ()):
+            for number, (name, speed, f) in enumerate(() if joined else points):
                 above = number % 2 == 0
                 at = {"xytext": (5, 7 if above else -13), "textcoords": "offset points", "fontsize": 8, "color": colour}
                 axes.annotate(name, (speed, f.value), **at)  # type: ignore[arg-type]
