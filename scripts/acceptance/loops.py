@@ -55,7 +55,7 @@ def loops_of(subject: Subject, steps: int, stages: tuple[int, int, int], seconds
     costs, mask, text = measured_costs(subject, seconds), MaskRule(RATIO), ",".join(map(str, stages))
     plain, refreshed = (
         make_a_plan(subject, "hybrid", steps, stages=stages, mask=mask, refresh_every=every)
-        for every in (0, max(1, (stages[1] + 1) // 2))
+        for every in (0, stages[1] // 2 + 1)
     )
     large = equal_cost_steps(plain.cost(costs), steps, costs.small())
     split = make_a_plan(subject, "srdiffusion", steps, stages=(large, 0, steps - large))
