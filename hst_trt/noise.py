@@ -59,8 +59,8 @@ def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:
-    """The functions are taken in float64 and rounded, so that every machine has the same bits, and the C++ host too: numpy's float32
-    ones differ from processor to processor."""
+    """The functions are taken in float64 and rounded, so that every machine has the same bits, and the C++ host too: numpy's
+    float32 ones differ from processor to processor."""
     u, v = uniform.reshape(-1, 2, _BLOCK // 2).swapaxes(0, 1)
     log = np.log((np.float32(1.0) - u).astype(np.float64)).astype(np.float32)
     radius = np.sqrt(np.float32(-2.0) * log)

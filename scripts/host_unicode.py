@@ -1,6 +1,6 @@
-"""Writes the C++ host's Unicode tables, asked of the `tokenizers` library itself, so that both know the same version of Unicode.
+"""Writes the C++ host's Unicode tables, asked of the `tokenizers` library itself, so that both know the same characters.
 
-The library takes its tables from several places (normal forms, case, the regex engine's classes), each of its own Unicode version.
+The library takes its tables from several places (normal forms, case, the regex engine's classes), each of its own version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
 
 def main() -> None:
     everything = "".join(map(chr, POINTS))
-    letters, numbers, spaces = (members(Split(Regex(f"\\{name}+"), "isolated"), everything, name) for name in ("p{L}", "p{N}", "s"))
+    letters, numbers, spaces = (
+        members(Split(Regex(f"\\{name}+"), "isolated"), everything, name) for name in ("p{L}", "p{N}", "s")
+    )
     words = {p for _, (a, b) in WhitespaceSplit().pre_tokenize_str(everything) for p in POINTS[a:b]}
     lower = {p: Lowercase().normalize_str(chr(p)) for p in POINTS}
     apart = {p: NFD().normalize_str(chr(p)) for p in POINTS if p not in HANGUL}
@@ -31,7 +33,10 @@ def main() -> None:
     assert all(len(text) <= 3 for text in lower.values())
     assert max(map(len, apart.values())) <= 4
     with TARGET.open("w", encoding="ascii") as out:
-        print(f"// Written by scripts/host_unicode.py from tokenizers {tokenizers.__version__}; not to be changed by hand.", file=out)
+        print(
+            f"// Written by scripts/host_unicode.py from tokenizers {tokenizers.__version__}; not to be changed by hand.",
+            file=out,
+        )
         ranges(out, "kLetters", letters)
         ranges(out, "kNumbers", numbers)
         ranges(out, "kRegexSpaces", spaces)
