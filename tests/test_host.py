@@ -30,6 +30,8 @@ from hst_trt.schedule import FlowMatchEuler, Sampling
 SCHEDULES = ("hybrid", "large", "small", "t-stitch", "srdiffusion", "ras")
 STAGES = list(Stage)
 BY_THRESHOLD = -1
+WORDS = "a the red apple on blue background PENGUIN don't we'll it's 123 4K café naïve straße ΣΑΣ İstanbul 東京 🐧 ﬁn ①"
+ODD = "<|startoftext|> <|ENDOFTEXT|> <|endoftext|> <pad> </s> <unk> ! !! 's ''s 'LL \u2581 \u2581\u2581 \u017f \u212a"
 _MASK = {
     "mask_ratio": "ratio",
     "mask_threshold": "threshold",
@@ -256,12 +258,7 @@ def test_step_tables_have_pythons_bits(built: Path, steps: int) -> None:
 def texts(count: int, seed: int) -> list[str]:
     """Words as people write them, characters of all of Unicode, and what tokenizers treat in a way of their own."""
     chosen = random.Random(seed)
-    words = (
-        "a the red apple on blue background PENGUIN don't we'll it's 123 4K café naïve straße ΣΑΣ İstanbul 東京 🐧 ﬁn ①".split()
-    )
-    odd = (
-        "<|startoftext|> <|ENDOFTEXT|> <|endoftext|> <pad> </s> <unk> ! !! 's ''s 'LL \u2581 \u2581\u2581 \u017f \u212a".split()
-    )
+    words, odd = WORDS.split(), ODD.split()
     odd += ["\u0301", "e\u0301\u0323", "\u1100\u1161\u11a8", "\u200d", "\u200b", "\ufeff"]
     odd += ["\xa0", "\u3000", "\x1c", "\x85", "\r\n", "\t", "\x7f"]
     ranges = [
