@@ -64,7 +64,7 @@ Runtime open_library(const std::string &path) {
 
 const Runtime &runtime_of(const std::string &path) {
   static std::mutex guard;
-  static std::map<std::string, Runtime> opened;
+  static auto &opened = *new std::map<std::string, Runtime>;  // never freed, as what it holds
   const std::lock_guard<std::mutex> lock(guard);
   const auto found = opened.find(path);
   return found != opened.end() ? found->second : opened.emplace(path, open_library(path)).first->second;
