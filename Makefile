@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others clean
+.PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,10 @@ demo: setup  ## Export the demo pair's graphs, build its bundle, draw a picture 
 	$(BIN)/hst-trt export --gpu cpu --pair demo
 	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/hst-trt run --bundle demo-cpu --prompt "$(PROMPT)" --seed 7
+
+host:  ## Build the C++ host in build/out/host: the library, hst-trt-host, and what tests use. Needs CMake, Ninja, a C++ compiler, zlib.
+	cmake -S hst_trt/csrc --preset release -B build/out/host
+	cmake --build build/out/host
 
 test: setup lint  ## Everything that CI runs; at most 12 minutes on two cores.
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -59,7 +59,10 @@ def torch_randn(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """The functions are taken in float64 and rounded, so that every machine has the same bits, and the C++ host too: numpy's
+    float32 ones differ from processor to processor."""
     u, v = uniform.reshape(-1, 2, _BLOCK // 2).swapaxes(0, 1)
-    radius = np.sqrt(np.float32(-2.0) * np.log(np.float32(1.0) - u))
-    angle = np.float32(2.0 * np.pi) * v
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    log = np.log((np.float32(1.0) - u).astype(np.float64)).astype(np.float32)
+    radius = np.sqrt(np.float32(-2.0) * log)
+    angle = (np.float32(2.0 * np.pi) * v).astype(np.float64)
+    return np.stack([radius * f(angle).astype(np.float32) for f in (np.cos, np.sin)], axis=1).reshape(-1)

@@ -1,0 +1,215 @@
+/* The C interface of the hst_trt host: opens a bundle (NAME.hstb), draws pictures from prompts, with no Python in the process.
+ *
+ * Every function that can fail returns `hst_error *`: NULL is success, anything else is the caller's to read and to free with
+ * hst_error_free. On failure outputs are left NULL or zero. No function throws, exits or prints.
+ *
+ * Handles are opaque and freed by their own function, which takes NULL. A handle is used by one thread at a time; different
+ * handles may be used by different threads at once. A pipeline keeps what it needs of its bundle, so the bundle may be freed first.
+ *
+ * Texts are UTF-8 and end with NUL. Sizes of arrays are counts of elements. This header is C99 and C++.
+ */
+#ifndef HST_TRT_H
+#define HST_TRT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A library serves hosts that were compiled against the same major and any minor up to its own. */
+#define HST_API_VERSION_MAJOR 1
+#define HST_API_VERSION_MINOR 0
+#define HST_API_VERSION ((uint32_t)(HST_API_VERSION_MAJOR * 65536 + HST_API_VERSION_MINOR))
+
+#if defined(__GNUC__)
+#define HST_API __attribute__((visibility("default")))
+#else
+#define HST_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct hst_error hst_error;
+typedef struct hst_bundle hst_bundle;
+typedef struct hst_pipeline hst_pipeline;
+typedef struct hst_result hst_result;
+
+/* What kind of thing went wrong: the exit codes of the command line. */
+enum {
+  HST_INTERNAL = 1,     /* our own mistake */
+  HST_REQUEST = 2,      /* an argument is not usable */
+  HST_INCOMPATIBLE = 3, /* two things that are both fine do not fit each other */
+  HST_MISSING = 4,      /* a bundle, library or device is not there */
+  HST_RESOURCE = 5,     /* out of memory */
+  HST_INTEGRITY = 6,    /* a file is not what its manifest says */
+  HST_NUMERICS = 7,     /* values are not finite */
+  HST_FAILED = 8,       /* a graph could not be loaded or run */
+  HST_CANCELLED = 130   /* the progress callback said to stop */
+};
+
+/* -- versions and errors ------------------------------------------------------------------------------------------------ */
+
+/* The version of the library that is loaded: HST_API_VERSION of its own header. Any thread. */
+HST_API uint32_t hst_api_version(void);
+
+/* One of the codes above; 0 for NULL. Any thread. */
+HST_API int32_t hst_error_code(const hst_error *error);
+
+/* What was asked, what was found, what to do: one or more lines. Lives as long as the error; "" for NULL. Any thread. */
+HST_API const char *hst_error_message(const hst_error *error);
+
+/* Frees an error; NULL is fine. */
+HST_API void hst_error_free(hst_error *error);
+
+/* -- bundles ------------------------------------------------------------------------------------------------------------ */
+
+/* Opens the folder NAME.hstb and checks all of it: manifest, paths, the hash of every file that a run reads, whether it can run here.
+ * *bundle is the caller's, to be freed with hst_bundle_free. Fails with HST_MISSING, HST_INTEGRITY or HST_INCOMPATIBLE. */
+HST_API hst_error *hst_bundle_open(const char *path, hst_bundle **bundle);
+
+/* Frees a bundle; NULL is fine. */
+HST_API void hst_bundle_free(hst_bundle *bundle);
+
+/* The name in the manifest. Lives as long as the bundle. */
+HST_API const char *hst_bundle_name(const hst_bundle *bundle);
+
+/* What the content is known by, 64 hex digits. Lives as long as the bundle. */
+HST_API const char *hst_bundle_fingerprint(const hst_bundle *bundle);
+
+/* How many text encoders, and so tokenizers, there are. */
+HST_API size_t hst_bundle_tokenizers(const hst_bundle *bundle);
+
+/* The tokens of a text as the encoder `index` is fed them: cut and padded to its length.
+ * Writes at most `capacity` ids to `ids` and their whole number to *count, which may be more; `ids` may be NULL if `capacity` is 0.
+ * *needed, if not NULL, is how many the text has uncut: more than *count means that its end was cut off. */
+HST_API hst_error *hst_bundle_tokenize(const hst_bundle *bundle, size_t index, const char *text, int64_t *ids, size_t capacity,
+                                       size_t *count, size_t *needed);
+
+/* -- requests ----------------------------------------------------------------------------------------------------------- */
+
+/* Called after each of `steps` steps, on the thread that generates, with the number of steps done. 0 goes on, anything else cancels:
+ * the call then fails with HST_CANCELLED and the pipeline stays usable. It must not use the pipeline that called it. */
+typedef int32_t (*hst_progress)(void *context, int32_t done, int32_t steps);
+
+/* A request. Set up by hst_request_init, then change what you like; the library copies what it needs before a call returns. */
+typedef struct hst_request {
+  uint32_t struct_size; /* by hst_request_init; not to be changed */
+  uint32_t api_version; /* the same */
+
+  const char *const *prompts; /* one or more, drawn in one batch */
+  size_t prompt_count;
+  const char *const *negative_prompts; /* none, one for all prompts, or one for each */
+  size_t negative_prompt_count;
+  int32_t images_per_prompt; /* 1 */
+
+  int32_t height, width;       /* pixels; 0: the bundle's default */
+  int32_t num_inference_steps; /* 0: the bundle's default */
+  double guidance_scale;       /* 0 to 100, on above 1; negative: the bundle's default */
+
+  const uint64_t *seeds; /* one for the whole request, one for each image, or none: a random one */
+  size_t seed_count;
+  const float *latents; /* start noise [images, C, H/8, W/8] instead of seeds; or NULL */
+  size_t latent_count;
+
+  const char *schedule;         /* "hybrid", "large", "small", "t-stitch", "srdiffusion", "ras" */
+  const char *solver;           /* "euler", "ab2", "dpmpp-2m" */
+  const char *timestep_spacing; /* "linspace", "trailing" */
+  double shift;                 /* of sigmas, above 0; 0: the pair's own */
+  int32_t has_stages;           /* whether `stages` are given; 0: the schedule's default */
+  int32_t stages[3];            /* large, hybrid and small steps */
+  int32_t refresh_every;        /* every so manyth masked step is a full large call; 0: none; -1: the schedule's default */
+  double correction;            /* 0 to 1; 0 is off */
+  int32_t adaptive;             /* whether the large stage ends by SRDiffusion's rule */
+
+  double mask_ratio;      /* 0.3; in (0, 1] */
+  double mask_threshold;  /* times the median score, instead of the ratio; 0: none */
+  double mask_decay;      /* 0.9 */
+  double mask_drift;      /* 0 */
+  double mask_starvation; /* 0 */
+  int32_t keep_masks;     /* whether hst_result_mask gives the masks */
+
+  hst_progress progress; /* or NULL */
+  void *progress_context;
+} hst_request;
+
+/* Fills in the defaults; use HST_REQUEST_INIT. Fails with HST_INCOMPATIBLE if the host was compiled for another major version, or
+ * for a newer minor one, than this library's. */
+HST_API hst_error *hst_request_init(hst_request *request, uint32_t struct_size, uint32_t api_version);
+#define HST_REQUEST_INIT(request) hst_request_init((request), (uint32_t)sizeof(hst_request), HST_API_VERSION)
+
+/* What a step does, or did. */
+enum { HST_STAGE_LARGE = 0, HST_STAGE_HYBRID = 1, HST_STAGE_SMALL = 2 };
+typedef struct hst_step {
+  int32_t stage;        /* one of the above */
+  int32_t large_tokens; /* image tokens that the large model computes; -1: a threshold decides when it runs */
+  int32_t small;        /* whether the small model runs */
+  int32_t redraw;       /* whether the mask of the next step is drawn */
+  double seconds;       /* that it took; 0 in a plan */
+} hst_step;
+
+/* The plan of a request, before anything runs: writes at most `capacity` steps, and their whole number to *count. */
+HST_API hst_error *hst_bundle_plan(const hst_bundle *bundle, const hst_request *request, hst_step *steps, size_t capacity,
+                                   size_t *count);
+
+/* -- pipelines ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct hst_pipeline_params {
+  uint32_t struct_size; /* by hst_pipeline_params_init; not to be changed */
+  uint32_t api_version; /* the same */
+  int32_t threads;      /* of a call on the CPU; 0: one for each physical core */
+  int32_t device;       /* which GPU, for bundles of engines; 0 */
+  int32_t low_memory;   /* whether graphs are freed as soon as a request no longer needs them; 0 */
+  /* The shared library of ONNX Runtime; NULL: the environment's HST_ONNXRUNTIME, else libonnxruntime.so where the system looks. */
+  const char *onnxruntime;
+} hst_pipeline_params;
+
+/* Fills in the defaults; use HST_PIPELINE_PARAMS_INIT. Fails as hst_request_init. */
+HST_API hst_error *hst_pipeline_params_init(hst_pipeline_params *params, uint32_t struct_size, uint32_t api_version);
+#define HST_PIPELINE_PARAMS_INIT(params) \
+  hst_pipeline_params_init((params), (uint32_t)sizeof(hst_pipeline_params), HST_API_VERSION)
+
+/* Makes a pipeline; graphs are loaded when they are first used. `params` may be NULL. *pipeline is the caller's, to be freed with
+ * hst_pipeline_free. The first one in a process opens ONNX Runtime, which stays open, with its telemetry off (it sets
+ * ORT_DISABLE_TELEMETRY unless the environment has it). Fails with HST_MISSING or HST_INCOMPATIBLE if that cannot be. */
+HST_API hst_error *hst_pipeline_create(const hst_bundle *bundle, const hst_pipeline_params *params, hst_pipeline **pipeline);
+
+/* Frees a pipeline; NULL is fine. Its results stay. */
+HST_API void hst_pipeline_free(hst_pipeline *pipeline);
+
+/* Draws. *result is the caller's, to be freed with hst_result_free. After a failure, a cancelled run too, the pipeline can be used
+ * again. Blocks until done. */
+HST_API hst_error *hst_generate(hst_pipeline *pipeline, const hst_request *request, hst_result **result);
+
+/* -- results: plain memory, readable by any number of threads at once --------------------------------------------------------- */
+
+HST_API void hst_result_free(hst_result *result); /* NULL is fine */
+HST_API size_t hst_result_images(const hst_result *result);
+HST_API int32_t hst_result_height(const hst_result *result);
+HST_API int32_t hst_result_width(const hst_result *result);
+
+/* Pixels [height, width, 3] of an image, 8 bits each: red, green, blue. Lives as long as the result; NULL past the last image. */
+HST_API const uint8_t *hst_result_rgb(const hst_result *result, size_t image);
+
+/* The seeds that were used: as many as hst_result_seed_count. Lives as long as the result. */
+HST_API size_t hst_result_seed_count(const hst_result *result);
+HST_API const uint64_t *hst_result_seeds(const hst_result *result);
+
+HST_API size_t hst_result_steps(const hst_result *result);
+
+/* What step number `step` did. Fails with HST_REQUEST past the last one. */
+HST_API hst_error *hst_result_step(const hst_result *result, size_t step, hst_step *record);
+
+/* The mask of a step, [images, height, width] tokens, 1 where the large model worked; *height and *width, if not NULL, get its size.
+ * Lives as long as the result; NULL for a step without a mask, or where masks were not kept. */
+HST_API const uint8_t *hst_result_mask(const hst_result *result, size_t step, int32_t *height, int32_t *width);
+
+/* Seconds that the parts of the run took. */
+typedef struct hst_times {
+  double text, denoise, vae;
+} hst_times;
+HST_API hst_times hst_result_times(const hst_result *result);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

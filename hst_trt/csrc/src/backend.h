@@ -1,0 +1,95 @@
+// What a backend must offer: buffers, and engines that run on them: hst_trt/runtime/engine.py. The loop knows nothing else of one.
+//
+// A call is prepared once for fixed buffers, which fixes every shape and address, and then executed any number of times.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace hst_trt {
+
+enum class DType { kFloat32, kInt64, kInt32, kUint8, kHalf, kBFloat16 };
+
+inline size_t item_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kInt64:
+      return 8;
+    case DType::kUint8:
+      return 1;
+    case DType::kHalf:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kFloat32:
+    case DType::kInt32:
+      break;
+  }
+  return 4;
+}
+
+using Shape = std::vector<int64_t>;
+
+inline int64_t elements(const Shape &shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+
+// Memory of a fixed shape and type at a fixed address. Only the backend that made it looks inside.
+class Buffer {
+ public:
+  Buffer(Shape dims, DType type) : shape(std::move(dims)), dtype(type) {}
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  virtual ~Buffer() = default;
+  size_t bytes() const { return static_cast<size_t>(elements(shape)) * item_bytes(dtype); }
+
+  const Shape shape;
+  const DType dtype;
+};
+using BufferPtr = std::shared_ptr<Buffer>;
+using Bindings = std::map<std::string, BufferPtr>;
+
+// An engine bound to buffers, which it keeps alive. Not for use by two threads at once.
+class PreparedCall {
+ public:
+  virtual ~PreparedCall() = default;
+  virtual void execute() = 0;
+};
+
+struct TensorInfo {
+  DType dtype;
+  Shape shape;  // -1 for an axis whose length is free
+};
+
+// One loaded graph.
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual const std::map<std::string, TensorInfo> &inputs() const = 0;
+  virtual const std::map<std::string, TensorInfo> &outputs() const = 0;
+  // Binds every input and output; more bindings are passed over. An output may share a buffer with an input only for
+  // present_* and past_*, which are updated in place.
+  virtual std::unique_ptr<PreparedCall> prepare(const Bindings &bindings) = 0;
+};
+
+// Not for use by two threads at once. Its functions throw Error.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual Engine &engine(const std::string &name) = 0;   // loaded on first use and kept
+  virtual void release(const std::string &name) = 0;     // calls prepared from it must be gone
+  virtual BufferPtr empty(const Shape &shape, DType dtype) = 0;
+  // The first elements of a buffer under another shape, sharing its memory.
+  virtual BufferPtr view(const BufferPtr &buffer, const Shape &shape) = 0;
+  virtual void write(Buffer &buffer, const void *values) = 0;     // all of it, from the host's memory
+  virtual void zero(Buffer &buffer) = 0;
+  virtual void read(const Buffer &buffer, void *values) = 0;      // all of it; waits for what was executed before
+  virtual void copy(const Buffer &source, Buffer &target) = 0;    // a target of k times the size gets k copies
+  // The one-way row move of a mask change, in place (engines/README.md). caches: [R, heads, rows, head_dim]; partner: [B, N];
+  // slots below `first` stay as they are; text_rows: for each cache, how many rows stand before slot 0.
+  virtual void move_rows(const std::vector<BufferPtr> &caches, const Buffer &partner, int64_t first, const std::vector<int64_t> &text_rows) = 0;
+};
+
+}  // namespace hst_trt

@@ -1,0 +1,77 @@
+#include "denoise.h"
+
+#include <chrono>
+
+namespace hst_trt {
+namespace {
+
+// What the tokens outside the mask follow: the small model, or where the step has none, their last velocity.
+void sketch(Workspace &ws, const Step &step) {
+  if (step.small) {
+    ws.small();
+  } else {
+    ws.keep_last();
+  }
+}
+
+// Draws the mask of the step `next` from predictions `fresh` of whose tokens the large model computed.
+int64_t redraw(Workspace &ws, const StitchPlan &plan, const Step &next, int64_t fresh) {
+  ws.score(fresh);
+  const int64_t tokens =
+      next.large_tokens == kByThreshold ? bucket_for(static_cast<double>(ws.count()), plan.request.buckets) : next.large_tokens;
+  if (tokens < plan.request.num_tokens) ws.select(tokens);
+  return tokens;
+}
+
+}  // namespace
+
+std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks, const std::function<bool(int64_t)> &on_step_end) {
+  const int64_t n = plan.request.num_tokens;
+  const bool looks_back = plan.looks_back();
+  std::vector<StepRecord> records;
+  std::vector<float> changes;
+  int64_t drawn = 0;  // tokens in the mask that the last redraw left
+  for (size_t t = 0; t < plan.steps.size(); ++t) {
+    const auto start = std::chrono::steady_clock::now();
+    ws.advance();
+    Step step = plan.steps[t];
+    const int64_t tokens = step.large_tokens == kByThreshold ? drawn : step.large_tokens;
+
+    if (tokens == n) {
+      ws.large();
+      if (plan.adaptive && step.stage == Stage::kLarge && t > 0) {
+        changes.push_back(ws.change());
+        const auto done = static_cast<int64_t>(t) + 1;
+        if (plan.may_switch_after(done) && plan.adaptive->fires(changes)) {
+          plan = plan.switched_at(done);
+          step = plan.steps[t];
+        }
+      }
+      if (step.small || step.redraw) {
+        sketch(ws, step);
+        ws.compare_all();
+      }
+    } else if (tokens > 0) {
+      sketch(ws, step);
+      ws.large_masked(tokens);
+      ws.blend(tokens);
+    } else if (plan.correction > 0) {
+      ws.small();
+      ws.correct();
+    } else {
+      ws.small_alone();
+    }
+
+    std::vector<uint8_t> mask;
+    if (keep_masks && 0 < tokens && tokens < n) mask = ws.active_mask(tokens);
+    if (step.redraw) drawn = redraw(ws, plan, plan.steps[t + 1], tokens);
+    ws.integrate();
+    if (looks_back) ws.remember();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    records.push_back({step, tokens, seconds.count(), std::move(mask)});
+    if (!on_step_end(static_cast<int64_t>(t) + 1)) break;
+  }
+  return records;
+}
+
+}  // namespace hst_trt

@@ -1,0 +1,56 @@
+// manifest.json as plain values: every field that a host needs, checked as engines/README.md says, and nothing that is not in it.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "json.h"
+
+namespace hst_trt {
+
+inline constexpr int64_t kSchemaVersion = 1;
+
+struct FileEntry {
+  std::string sha256;
+  int64_t bytes;
+};
+
+struct GraphEntry {
+  std::string path;
+  std::vector<std::string> weights;
+};
+
+struct TokenizerEntry {
+  std::string path;
+  int64_t length, pad_id;
+};
+
+struct TargetEntry {
+  std::string name, backend, os, arch;
+};
+
+struct Manifest {
+  std::string name, created_by, state, scheduler, fingerprint;
+  TargetEntry target;
+  std::map<std::string, json::Value> model_configs;  // of "large" and "small"
+  int64_t vae_scale, t5_length;
+  std::vector<TokenizerEntry> tokenizers;
+  std::map<std::string, GraphEntry> graphs;
+  std::map<std::string, std::string> engines;  // paths
+  struct {
+    int64_t num_inference_steps, height, width;
+    double guidance_scale;
+  } defaults;
+  struct {
+    int64_t max_side, max_images;
+  } limits;
+  std::vector<double> bucket_ratios;
+  std::map<std::string, FileEntry> files;
+};
+
+// Throws std::invalid_argument, which names the field.
+Manifest read_manifest(const json::Value &document);
+
+}  // namespace hst_trt
