@@ -80,7 +80,7 @@ $(OPTIMUM)/.ready: benchmarks/optimum.txt
 	touch $@
 
 beside-others: setup $(OPTIMUM)/.ready  ## Time hst_trt beside diffusers, torch.compile and optimum-onnx (which gets its own environment), six minutes.
-	$(BIN)/python benchmarks/beside_others.py
+	$(BIN)/python benchmarks/beside_others.py --threads 1
 
 clean:  ## Remove bundles and work files; pictures and the environment stay.
 	rm -rf build/out dist engines/*.hstb engines/.*.hstb.*

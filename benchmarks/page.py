@@ -84,13 +84,7 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
     lines += table(("", "schedule", "speed-up", "PSNR, dB", "SSIM", "features", "KID x 1000", "right, %"), [first, *body])
     lines += ["What the planner chose, as options of `hst-trt run`:\n"]
     lines += table(
-        (
-            "asked",
-            "options",
-            "PSNR over the nearest baseline as fast, dB",
-            "that baseline",
-            "as fast as the large model alone at equal PSNR",
-        ),
+        PLANNED,
         [
             [
                 f"{asked}x",
@@ -105,7 +99,7 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
     )
     over, gain = content["over_best_baseline"], content["gain"]
     held = {
-        "nearer than every baseline that is as fast, by PSNR, intervals apart (the aim from 2x on)": [
+        "nearer by PSNR than the nearest baseline as fast (to 2 %), the interval of the paired difference above 0": [
             asked for asked, name in content["planned"].items() if name in over and over[name]["low"] > 0
         ],
         "nearer than that baseline by feature distance": [
@@ -204,7 +198,7 @@ def beside(content: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Beside other systems\n",
         "The same pair, prompts, seeds and machine, one picture of each system in turn",
-        f"({about['cpu']}, {about['threads']} threads, {about['date']}, {about['rounds']} rounds);",
+        f"({about['cpu']}, threads: {about['threads']}, {about['date']}, {about['rounds']} rounds);",
         "all of it is in [beside_others.md](../benchmarks/results/beside_others.md).\n",
     ]
     body = [

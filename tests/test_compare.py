@@ -120,6 +120,18 @@ def test_distances_are_those_of_the_pictures_that_the_schedules_draw(pipeline: H
     assert rows["large"].speedup.values == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("same_steps", [True, False])
+def test_runs_for_the_second_distance_are_drawn_only_if_it_is_wanted(
+    pipeline: HybridStitchPipeline, tmp_path: Path, same_steps: bool
+) -> None:
+    row = NamedSchedule("three", {"stages": (1, 2, 0), "num_inference_steps": 3})
+    made = compare(pipeline, PROMPTS, [row], tmp_path, baseline_steps=4, converged_steps=8, size=SIZE, same_steps=same_steps)
+    assert bool(made.rows[1].to_same_steps) is same_steps
+    assert made.rows[1].to_converged["psnr"].shape == (len(PROMPTS),)
+    drawn = made.gallery[PROMPTS[0]].pictures
+    assert list(drawn) == ["large", "three", *["large, 3 steps, euler, linspace"] * same_steps, "converged"]
+
+
 def test_random_masks_differ_from_picture_to_picture() -> None:
     assert ROWS[2].arguments(5)["mask"].random_seed == 5
     assert ROWS[1].arguments(5) == ROWS[1].settings

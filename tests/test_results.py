@@ -35,6 +35,12 @@ def test_the_page_is_made_from_what_was_measured(script, tmp_path: Path, monkeyp
     monkeypatch.setattr(page, "DOCS", tmp_path)
     page.main()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text(), "run `make results`"
+    cells, last = 0, ""
+    for line in (tmp_path / "results.md").read_text().splitlines():
+        if line.startswith("|"):
+            cells = cells if last.startswith("|") else line.count("|")
+            assert line.count("|") == cells, f"a table's row has other cells than its head: {line}"
+        last = line
     assert (tmp_path / "images" / "frontier.png").stat().st_size > 10_000
 
 
