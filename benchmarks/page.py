@@ -147,8 +147,8 @@ def planner(content: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Planner\n",
         f"What was promised, and what came ({machine(content)}, interleaved rounds); and the choice beside 50 schedules",
-        "of its own space, drawn at random among those of the same predicted cost: root mean square distance over latents, on",
-        f"{content['prompts']} held-out prompts.\n",
+        "of its own space, drawn at random among those of the same predicted cost; distance is what the planner minimises, the",
+        f"geometric mean of those of latents and of features, on {content['prompts']} held-out prompts.\n",
     ]
     body = []
     for asked, row in content["asked"].items():
@@ -230,10 +230,14 @@ def variants(content: Mapping[str, Any]) -> list[str]:
         "from above. Letters: `benchmarks/variants.py`. What was made of it: [experiments](experiments.md).\n",
     ]
     body = [
-        [row["about"], f"`{row['steps']}`", f"{row['cost']:.2f}", f"{row['distance']:.4f}", span(row["over_large_alone"], 3)]
+        [
+            row["about"], f"`{row['steps']}`", f"{row['cost']:.2f}", f"{row['distance']:.4f}",
+            span(row["over_large_alone"], 3), span(row["features_over_large_alone"], 3),
+        ]
         for row in content["variants"]
-    ]
-    return [*lines, *table(("variant", "steps", "large calls", "distance", "over the large model alone"), body)]
+    ]  # fmt: skip
+    head = ("variant", "steps", "large calls", "latents", "over the large model alone", "features over it alone")
+    return [*lines, *table(head, body)]
 
 
 def main() -> None:

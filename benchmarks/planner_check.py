@@ -21,6 +21,7 @@ import numpy as np
 from hst_trt.bench import Sample
 from hst_trt.builder.build import build_bundle
 from hst_trt.cli.options import prompts_of
+from hst_trt.compare.features import Features
 from hst_trt.compare.measures import interval, weighted_means
 from hst_trt.compare.rows import Prompt
 from hst_trt.compare.store import read_json, write_json
@@ -71,32 +72,34 @@ def main() -> None:
     pipeline = HybridStitchPipeline.from_bundle(bundle.path, threads=arguments.threads)
     prompts = prompts_of(ROOT / "benchmarks" / "prompts" / "heldout.txt")[: arguments.prompts]
     calibration = calibration_of(bundle, None, None)
-    calibrator = Calibrator(pipeline, [Prompt(i, text) for i, text in enumerate(prompts)], calibration)
+    calibrator = Calibrator(pipeline, [Prompt(i, text) for i, text in enumerate(prompts)], calibration, Features())
     kept = WORK / f"distances-{bundle.manifest.fingerprint[:12]}-{len(prompts)}.json"
-    known: dict[str, list[float]] = read_json(kept, {})
+    known: dict[str, list[list[float]]] = read_json(kept, {})
     before = read_json(OUT, {"asked": {}})["asked"]
 
     def distances(point: Point) -> np.ndarray:
+        """What the planner minimises, of the prompts as they are and of every resample."""
         if repr(point) not in known:
             known[repr(point)] = calibrator.distances(point).tolist()
             write_json(kept, known)
-        return np.array(known[repr(point)])
+        latents, features = (weighted_means(np.array(values)) for values in known[repr(point)])
+        return np.sqrt(latents * features)
 
     asked: dict[str, Any] = {}
     for number, speedup in enumerate(ASKED):
         choice = choose(bundle, Budget(speedup=speedup), None)
         mine = distances(choice.best.point)
         others = {point: distances(point) for point in rivals(calibrator, choice.best.point, number)}
-        best = min(others, key=lambda point: others[point].mean())
-        ratios = weighted_means(mine) / weighted_means(others[best])
+        best = min(others, key=lambda point: others[point][0])
+        ratios = mine / others[best]
         low, high = interval(ratios[1:])
         asked[f"{speedup:g}"] = {
             "options": choice.best.options,
             "predicted": round(choice.best.speedup, 4),
-            "distance": round(float(mine.mean()), 5),
-            "best_rival": {"point": str(best.settings), "distance": round(float(others[best].mean()), 5)},
+            "distance": round(float(mine[0]), 5),
+            "best_rival": {"point": str(best.settings), "distance": round(float(others[best][0]), 5)},
             "over_best_rival": {"value": round(float(ratios[0]), 4), "low": round(low, 4), "high": round(high, 4)},
-            "rivals_nearer": sum(bool(other.mean() < mine.mean()) for other in others.values()),
+            "rivals_nearer": sum(bool(other[0] < mine[0]) for other in others.values()),
             "rivals": len(others),
         }
         if arguments.rounds:

@@ -4,10 +4,11 @@ A step is one letter: L the full large model; l its conditional half, with the l
 model and the last known v_L - v_S; k the same with its conditional half only; S the small model as it is; m and n: s and k
 with the large model on a mask; h: the large model on a mask, the rest keeping its last velocity (`ras`); r: the same,
 the rest going on in a straight line through its last two.
+Two distances, each over the large model's alone at equal cost: of latents, and of features of the pictures (their root).
 Masked calls are read off full ones, so their keys and values are never stale: a bound from above on what they are worth.
 Costs are the cost model's; conditional halves count half. Writes benchmarks/results/variants.json.
 
-    python benchmarks/variants.py [--prompts 16] [--threads 1]
+    python benchmarks/variants.py [--prompts 32] [--threads 1]
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from scipy.ndimage import uniform_filter
 from hst_trt.arguments import start_latents
 from hst_trt.builder.build import build_bundle
 from hst_trt.cli.options import prompts_of
-from hst_trt.codec import Encoder, patchify
+from hst_trt.codec import Decoder, Encoder, patchify
+from hst_trt.compare.features import Features
 from hst_trt.compare.measures import interval, weighted_means
 from hst_trt.compare.store import write_json
 from hst_trt.machine import cpu
@@ -47,8 +49,9 @@ SMALL_KIND = {"s": 1.0, "m": 1.0, "k": 0.5, "n": 0.5}
 @dataclass(frozen=True)
 class Variant:
     """`steps`: letters. ratio: of masks, or one for each masked step. fade: of v_L - v_S a step. onward: how much of its
-    change since the call before is added on. score: what ranks tokens. smooth: side of the mean it is smoothed by. feather:
-    whether the blend fades over the tokens beside the mask. decay: of scores outside the mask."""
+    change since the call before is added on, with r how much of the velocity's. score: what ranks tokens. smooth: side of
+    the mean it is smoothed by. feather: whether the blend fades over the tokens beside the mask. decay: of scores outside
+    the mask. aged: whether the solver knows for how long velocities were kept."""
 
     about: str
     steps: str
@@ -59,6 +62,7 @@ class Variant:
     smooth: int = 3
     feather: bool = False
     decay: float = 0.9
+    aged: bool = True
     sampling: Sampling = SAMPLING
 
 
@@ -101,8 +105,24 @@ VARIANTS = (
     Variant("ras, early", "LLLhLhLhLhLL"),
     Variant("ras, 10 steps", "LLLLhLhLhL"),
     Variant("ras, 16 steps", "LLLLLLLhLhLhLhLL"),
-    Variant("ras, the rest goes on in a straight line", RAS.replace("h", "r")),
-    Variant("ras, straight line, two masked of three", "LLLLLLrrLrrL"),
+    Variant("ras, the rest goes on in a straight line", RAS.replace("h", "r"), onward=1.0),
+    Variant("ras, straight line, two masked of three", "LLLLLLrrLrrL", onward=1.0),
+    Variant("ras, half a straight line", RAS.replace("h", "r"), onward=0.5),
+    Variant("ras, half a straight line, two masked of three", "LLLLLLrrLrrL", onward=0.5),
+    Variant("ras, kept velocities taken for new ones", RAS, aged=False),
+    Variant("ras, two masked of three, kept velocities taken for new ones", "LLLLLLhhLhhL", aged=False),
+    Variant("ras, 10 steps, two of three, 40 %, kept velocities taken for new ones", "LLLLhhLhhL", ratio=0.4, aged=False),
+    Variant("ras, 10 steps, full again at the last only", "LLLLhhhhhL"),
+    Variant("ras, 9 steps, two of three, 40 %", "LLLhhLhhL", ratio=0.4),
+    Variant("ras, 10 steps, two of three, 40 %", "LLLLhhLhhL", ratio=0.4),
+    Variant("ras, 10 steps, masked last", "LLLLhhLhhh", ratio=0.4),
+    Variant("ras, 12 steps, masked last", "LLLLLLhLhLhh"),
+    Variant("ras, score: the change of this very step (not knowable)", RAS, score="oracle"),
+    Variant("small model as second step", "LsLLLLLLLLLL"),
+    Variant("small model as second and third step", "LssLLLLLLLLL"),
+    Variant("hybrid as second step", "LmLLLLLLLLLL"),
+    Variant("hybrid as second and third step", "LmmLLLLLLLLL"),
+    Variant("ras as third step", "LLhLLLLLLLLL"),
     Variant("ras, score: at random", RAS, score="random"),
     Variant("ras, score: spread of latents in a token", RAS, score="latents"),
     Variant("ras, no smoothing", RAS, smooth=1),
@@ -145,9 +165,11 @@ class Lab:
         self.ws.begin(self.noise, self.text, table, self.guidance, None, 0.0)
         return table
 
-    def integrate(self, velocity: np.ndarray) -> None:
+    def integrate(self, velocity: np.ndarray, *, aged: bool = True) -> None:
         self.ws._write("velocity", velocity.astype(np.float32))
         self.ws.integrate()
+        if aged:
+            self.ws.remember()
 
     def large_alone(self, steps: int, sampling: Sampling) -> np.ndarray:
         self.begin(steps, sampling)
@@ -193,7 +215,7 @@ class Run:
             else:
                 velocity = self.masked(letter) if letter in "mnrh" else self.follow(letter)
             self.past = [(self.time, velocity), *self.past[:1]]
-            lab.integrate(velocity)
+            lab.integrate(velocity, aged=self.variant.aged)
         return lab.ws.latents
 
     def small(self, letter: str) -> np.ndarray:
@@ -227,7 +249,7 @@ class Run:
         if letter == "h" or len(self.past) < 2:
             return self.past[0][1]
         (last, velocity), (earlier, before) = self.past
-        return velocity + (velocity - before) * (self.time - last) / (last - earlier)
+        return velocity + self.variant.onward * (velocity - before) * (self.time - last) / (last - earlier)
 
     def masked(self, letter: str) -> np.ndarray:
         lab = self.lab
@@ -269,44 +291,50 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1, help="of a call")
     arguments = parser.parse_args()
     bundle = build_bundle(load_recipe("demo"), load_target("cpu"), BUNDLE).bundle
     pipeline = HybridStitchPipeline.from_bundle(bundle.path, threads=arguments.threads)
     lab = Lab(pipeline, prompts_of(ROOT / "benchmarks" / "prompts" / "calibration.txt")[: arguments.prompts])
     converged = lab.large_alone(*CONVERGED)
+    see, decoder = Features(), Decoder(pipeline.backend, pipeline.spec, *lab.grid)
+    seen = see(decoder(converged))[1]
 
     def distances(latents: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.square(latents - converged).mean((1, 2)))
+        """Mean over prompts of both distances, [2, draws]."""
+        of_latents = np.sqrt(np.square(latents - converged).mean((1, 2)))
+        of_features = np.sqrt(see.distance(see(decoder(latents))[1], seen))
+        return np.stack([weighted_means(of_latents), weighted_means(of_features)])
 
     counts = (7, 8, 9, 10, 11, 12, 13, 14, 16, 18)
-    alone = {n: weighted_means(distances(lab.large_alone(n, SAMPLING))) for n in counts}
+    alone = np.stack([distances(lab.large_alone(n, SAMPLING)) for n in counts])  # [counts, 2, draws]
 
     def alone_at(cost: float) -> np.ndarray:
-        """Mean distance of the large model alone at this cost, [draws]; logarithms are interpolated between step counts."""
-        return np.exp([np.interp(cost, counts, logs) for logs in np.log([alone[n] for n in counts]).T])
+        """Of the large model alone at this cost, [2, draws]; logarithms are interpolated between step counts."""
+        over = min(max(np.searchsorted(counts, cost), 1), len(counts) - 1)
+        share = (cost - counts[over - 1]) / (counts[over] - counts[over - 1])
+        return np.exp((1 - share) * np.log(alone[over - 1]) + share * np.log(alone[over]))
 
     rows: list[dict[str, Any]] = []
     for variant in VARIANTS:
         run = Run(lab, variant)
-        mine = weighted_means(distances(run()))
-        ratio = mine / alone_at(run.cost)
-        low, high = interval(ratio[1:])
-        row = asdict(variant) | {"cost": round(run.cost, 3), "distance": round(float(mine[0]), 5)}
-        rows.append(
-            row | {"over_large_alone": {"value": round(float(ratio[0]), 4), "low": round(low, 4), "high": round(high, 4)}}
-        )
+        mine = distances(run())
+        ratios = mine / alone_at(run.cost)
+        row = asdict(variant) | {"cost": round(run.cost, 3), "distance": round(float(mine[0, 0]), 5)}
+        for name, ratio in zip(("over_large_alone", "features_over_large_alone"), ratios, strict=True):
+            low, high = interval(ratio[1:])
+            row[name] = {"value": round(float(ratio[0]), 4), "low": round(low, 4), "high": round(high, 4)}
+        rows.append(row)
         print(
-            f"{variant.about}: {run.cost:.2f} large calls, {mine[0]:.4f}, {ratio[0]:.3f} ({low:.3f} to {high:.3f})",
-            flush=True,
+            f"{variant.about}: {run.cost:.2f} large calls, {mine[0, 0]:.4f}, {ratios[0, 0]:.3f}, {ratios[1, 0]:.3f}", flush=True
         )
     write_json(
         OUT,
         {
             "machine": {"cpu": cpu().name, "date": datetime.date.today().isoformat()},
             "prompts": lab.count,
-            "large_alone": {n: round(float(values[0]), 5) for n, values in alone.items()},
+            "large_alone": {n: round(float(values[0, 0]), 5) for n, values in zip(counts, alone, strict=True)},
             "variants": rows,
         },
     )

@@ -266,6 +266,20 @@ class HybridStitchPipeline:
             self._resident.drop()
             raise
 
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pixels [B, H, W, 3] uint8 of denoised latents [B, C, H/8, W/8].
+
+        Raises:
+            RequestError: another shape.
+        """
+        channels, scale = self.spec.latent_channels, self.spec.vae_scale
+        if latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
+            raise RequestError(f"latents of the shape {latents.shape} are no pictures", found=f"[B, {channels}, H/8, W/8] is")
+        h, w = self.grid(scale * latents.shape[2], scale * latents.shape[3])
+        pixels = self._resident.decoder(h, w)(patchify(latents, self.spec.patch_size))
+        self._resident.done_with_decoder()
+        return pixels
+
     def _draw(self, request: _Request, end_step: Callable[[Workspace, int, StepRecord], bool]) -> StitchOutput:
         times, plan, shape = _Stopwatch(), request.plan, request.shape
         with times("text"):

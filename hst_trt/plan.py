@@ -337,8 +337,10 @@ def _default_stages(request: PlanRequest) -> tuple[int, int, int]:
             return (n, 0, 0)
         case "small":
             return (0, 0, n)
-        case "ras":
-            return (min(n, max(2, first)), n - min(n, max(2, first)), 0)
+        case "ras":  # the last step is a full one: after a masked one, the edges of the mask would stay in the picture
+            masked = max(0, n - max(2, first))
+            masked -= masked % (_every(request) or 1)
+            return (n - masked, masked, 0)
         case "hybrid":
             return (first, hybrid, n - first - hybrid)
         case _ if request.switch is not None:
@@ -385,8 +387,7 @@ def _masked_run(request: PlanRequest, large: int, masked: int, *, small: bool) -
     budget = bucket_for(request.mask.ratio * n, request.buckets) if request.mask.threshold is None else None
     if budget == n:  # a mask of everything is no mask
         return _large_only(request, (large + masked, 0, 0))
-    every = 3 if request.schedule == "ras" and request.refresh_every is None else request.refresh_every
-    refreshed = _refreshes(masked, every) | ({0} if masked and not large else set())
+    refreshed = _refreshes(masked, _every(request)) | ({0} if masked and not large else set())
     stage = Stage.HYBRID if small else Stage.LARGE
     tokens = [n] * large + [n if k in refreshed else budget for k in range(masked)]
     steps = []
@@ -395,6 +396,10 @@ def _masked_run(request: PlanRequest, large: int, masked: int, *, small: bool) -
         needs_small = small and (count != n or redraw or (t >= large and request.correction > 0))
         steps.append(Step(Stage.LARGE if t < large else stage, count, small=needs_small, redraw=redraw))
     return tuple(steps)
+
+
+def _every(request: PlanRequest) -> int | None:
+    return 3 if request.schedule == "ras" and request.refresh_every is None else request.refresh_every
 
 
 def _refreshes(masked: int, every: int | None) -> set[int]:

@@ -62,6 +62,8 @@ class Workspace(NamedBuffers):
             "next_latents": ((b, n, c), "float32"),
             "history": ((b, n, c), "float32"),  # what the solver remembers of the step before
             "next_history": ((b, n, c), "float32"),
+            "held": ((b, n), "float32"),  # steps since a token's velocity was new
+            "next_held": ((b, n), "float32"),
             "velocity": ((b, n, c), "float32"),
             "last_velocity": ((b, n, c), "float32"),
             "sketch": ((b, n, c), "float32"),  # v_S, or the last velocity where there is no small model
@@ -141,7 +143,7 @@ class Workspace(NamedBuffers):
         self._write("step", np.int64(0))
         for name, values in text.items():
             self._write(name, values)
-        for name in ("history", "difference", "scores", "age", "last_velocity", "last_sketch"):
+        for name in ("history", "held", "difference", "scores", "age", "last_velocity", "last_sketch"):
             self._write(name, np.float32(0.0))
         mask = mask or MaskRule()
         self._write("guidance_scale", np.float32(guidance_scale))
@@ -298,13 +300,17 @@ class Workspace(NamedBuffers):
             "integrate",
             latents="latents",
             velocity="velocity",
+            last_velocity="last_velocity",
             history="history",
+            held="held",
             weights="weights",
             next_latents="next_latents",
             next_history="next_history",
+            next_held="next_held",
         )
         self._copy("next_latents", "latents")
         self._copy("next_history", "history")
+        self._copy("next_held", "held")
 
     @verb
     def remember(self) -> None:

@@ -6,6 +6,7 @@ The reference keeps keys and values in token order, gathers whole caches for eve
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -25,6 +26,8 @@ from hst_trt.workspace import RequestShape, Workspace
 H, W, STEPS = 6, 10, 10
 N = H * W
 TEXT = 9
+
+Past = tuple[Tensor, Tensor, int]  # of a token: latents and velocity when it was last computed, and the step that was
 
 
 class Reference:
@@ -65,7 +68,7 @@ class Reference:
         sketch = last_sketch = last_velocity = torch.zeros_like(x)
         mask: list[int] = []
         counts = []
-        past: tuple[Tensor, Tensor] | None = None
+        past: list[Past] = []
         for t, step in enumerate(plan.steps):
             tokens = everything if step.large_tokens == N else mask if step.large_tokens != 0 else []
             counts.append(len(tokens))
@@ -104,25 +107,35 @@ class Reference:
                     exceeding = sum(float(p) > rule.threshold * median for p in priority)
                     count = next(b for b in plan.request.buckets if b >= exceeding)
                 mask = sorted(ranked[:count]) if count < N else everything
-            x, past = self.step(x, velocity, t, past), (x, velocity)
+            drawn = set(everything) if step.small else set(tokens)
+            now = [past[n] if n not in drawn else (x[0, n], velocity[0, n], t) for n in everything]
+            x, past = self.step(x, velocity, t, past), now
             last_velocity, last_sketch = velocity, sketch
         return x, counts
 
-    def step(self, x: Tensor, v: Tensor, t: int, past: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The solver's formula as its paper has it."""
+    def step(self, x: Tensor, v: Tensor, t: int, past: list[Past]) -> Tensor:
+        """The solver's formula as its paper has it, token by token: each has a last velocity of its own age."""
+        return torch.stack([self.token_step(x[0, n], v[0, n], t, past[n] if past else None) for n in range(N)])[None]
+
+    def token_step(self, x: Tensor, v: Tensor, t: int, past: Past | None) -> Tensor:
         sigma, then = (float(s) for s in self.table.sigmas[t : t + 2])
-        last = float(self.table.sigmas[t - 1]) if past else math.nan
         if self.plan.sampling.solver == "ab2" and past:  # the velocity goes on in a straight line of the time before the shift
-            time = lambda s: s / (3 - 2 * s)
-            nodes = np.linspace(sigma, then, 20001)
-            share = np.trapezoid([(time(s) - time(sigma)) / (time(sigma) - time(last)) for s in nodes], nodes)
-            return x + (then - sigma) * v + share * (v - past[1])
+            return x + (then - sigma) * v + self.share(t, past[2]) * (v - past[1])
+        last = float(self.table.sigmas[t - 1]) if past else math.nan
         if self.plan.sampling.solver == "dpmpp-2m" and past and last < 1 and then > 0:
             now_h, last_h = (math.log((1 - b) / b) - math.log((1 - a) / a) for a, b in ((sigma, then), (last, sigma)))
-            clean, last_clean = x - sigma * v, past[0] - last * past[1]
-            ahead = clean + now_h / last_h / 2 * (clean - last_clean)
+            clean, last_clean = x - sigma * v, past[0] - float(self.table.sigmas[past[2]]) * past[1]
+            ahead = clean + now_h / last_h / 2 * (clean - last_clean) / (t - past[2])
             return then / sigma * x - (1 - then) * math.expm1(-now_h) * ahead
         return x + (then - sigma) * v
+
+    @functools.cache  # noqa: B019
+    def share(self, t: int, last: int) -> float:
+        """The integral over step t of how far the line through steps `last` and t has gone on beyond t."""
+        time = lambda s: s / (3 - 2 * s)
+        before, sigma, then = (float(self.table.sigmas[k]) for k in (last, t, t + 1))
+        nodes = np.linspace(sigma, then, 20001)
+        return float(np.trapezoid((time(nodes) - time(sigma)) / (time(sigma) - time(before)), nodes))
 
 
 def request(schedule: str = "hybrid", **settings: object) -> PlanRequest:

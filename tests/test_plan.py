@@ -88,8 +88,17 @@ def test_ras_keeps_large_alone_and_masks_after_two_full_steps() -> None:
 
 def test_ras_refreshes_every_third_masked_step() -> None:
     steps = plan("ras", steps=9).steps
-    assert [step.large_tokens for step in steps] == [N] * 2 + [80, 80, N, 80, 80, N, 80]
-    assert [step.redraw for step in steps] == [False, True, True, False, True, True, False, True, False]
+    assert [step.large_tokens for step in steps] == [N] * 3 + [80, 80, N, 80, 80, N]
+    assert [step.redraw for step in steps] == [False, False, True, True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 7])
+def test_ras_ends_with_a_full_step_unless_it_never_refreshes_or_stages_say_so(every: int) -> None:
+    for steps in range(1, 30):
+        made = plan("ras", steps=steps, refresh_every=every).steps
+        assert len(made) == steps
+        assert made[-1].large_tokens == N
+    assert plan("ras", steps=9, stages=(2, 7, 0)).steps[-1].large_tokens == 80
 
 
 def test_a_correction_makes_the_last_large_step_compare_both_models() -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Finished
 
 from hst_trt.bundle import Bundle, CalibratedEntry, CalibrationEntry, save_calibration
+from hst_trt.compare.features import Features
 from hst_trt.compare.rows import Prompt
 from hst_trt.errors import MissingError, RequestError
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.planner.calibrate import Calibrator, calibrate
-from hst_trt.planner.choose import SLACK, Budget, choose, frontier
+from hst_trt.planner.choose import SLACK, Budget, Distance, choose, frontier
 from hst_trt.planner.model import DistanceModel
 from hst_trt.planner.space import CORRECTIONS, LEAST_STEPS, REFRESHES, Point, Space, point_of
 from hst_trt.schedule import FlowMatchEuler, Sampling
@@ -129,7 +131,7 @@ def run_calibration(bundle: Path, count: int, **changes: object) -> tuple[Calibr
     return entry, said
 
 
-def test_a_calibration_is_written_goes_on_and_is_of_latents(bundle: Path) -> None:
+def test_a_calibration_is_written_goes_on_and_is_of_latents_and_features(bundle: Path) -> None:
     entry, said = run_calibration(bundle, 8)
     assert len(entry.schedules) == len(said) == 8
     assert Bundle.open(bundle).manifest.calibrations == (entry,)
@@ -145,18 +147,21 @@ def test_a_calibration_is_written_goes_on_and_is_of_latents(bundle: Path) -> Non
         size = {"height": 64, "width": 64, "output_type": "latent"}
         return np.concatenate([pipeline(p.prompt, seed=p.number, **size, **settings).images for p in PROMPTS])
 
+    def seen(made: np.ndarray) -> list[torch.Tensor]:
+        return Features()(pipeline.decode(made))[1]
+
     wanted = latents(schedule="large", num_inference_steps=6, solver="ab2", timestep_spacing="trailing")
     for schedule in (more.schedules[0], more.schedules[-1]):
-        point = point_of(schedule)
-        error = np.sqrt(np.square(latents(**point.settings) - wanted).mean((1, 2, 3))).mean()
-        assert schedule.distance == pytest.approx(float(error), abs=2e-6)
+        made = latents(**point_of(schedule).settings)
+        error = np.sqrt(np.square(made - wanted).mean((1, 2, 3))).mean()
+        assert schedule.latents == pytest.approx(float(error), abs=2e-6)
+        unlike = np.sqrt(Features.distance(seen(made), seen(wanted))).mean()
+        assert schedule.features == pytest.approx(float(unlike), abs=2e-6)
+        assert unlike > 0.1
 
 
 def test_a_space_that_is_measured_out_ends_the_calibration(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def latents(self: Calibrator, settings: dict) -> np.ndarray:
-        return np.full((1, 1, 1, 1), 0.0 if settings["num_inference_steps"] == 6 else 1.0 + len(str(settings)))
-
-    monkeypatch.setattr(Calibrator, "_latents", latents)
+    monkeypatch.setattr(Calibrator, "distances", lambda self, point: np.full((2, 1), 1.0 + len(str(point))))
     entry, said = run_calibration(bundle, 10_000, baseline_steps=LEAST_STEPS)
     space = Space(LEAST_STEPS, tuple(r for r in Bundle.open(bundle).manifest.bucket_ratios if r < 1), 3.0)
     rng = np.random.default_rng(1)
@@ -181,15 +186,8 @@ def test_it_measures_where_the_frontier_is(demo_bundle: Path, monkeypatch: pytes
     """In the world of `true_distance`, 250 measurements come within 10 % of the best of the whole space at every budget."""
     pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
     entry = calibration(()).model_copy(update={"baseline_steps": 20})
-    by_settings = {}
-
-    def latents(self: Calibrator, settings: dict) -> np.ndarray:
-        point = by_settings.get(repr(sorted(settings.items(), key=str)))
-        return np.full((1, 1, 1, 1), 0.0 if point is None else true_distance(point))
-
-    monkeypatch.setattr(Calibrator, "_latents", latents)
-    monkeypatch.setattr(Point, "settings", property(remembered(Point.settings.fget, by_settings)))
-    calibrator = Calibrator(pipeline, PROMPTS, entry)
+    monkeypatch.setattr(Calibrator, "distances", lambda self, point: np.full((2, 1), true_distance(point)))
+    calibrator = Calibrator(pipeline, PROMPTS, entry, Features())
     for _ in calibrator.run(250):
         pass
     everything = [*points(20_000, seed=5), *calibrator.measured]
@@ -198,15 +196,6 @@ def test_it_measures_where_the_frontier_is(demo_bundle: Path, monkeypatch: pytes
     for budget in (1.3, 1.83, 2.5, 3.5):
         found = min(true_distance(point) for point in calibrator.measured if calibrator.speedup(point) >= budget)
         assert found <= 1.1 * truth[speeds >= budget].min()
-
-
-def remembered(settings: Callable[[Point], dict], by_settings: dict[str, Point]) -> Callable[[Point], dict]:
-    def property_of(point: Point) -> dict:
-        made = settings(point)
-        by_settings[repr(sorted(made.items(), key=str))] = point
-        return made
-
-    return property_of
 
 
 def test_a_calibration_without_a_reference_is_refused(bundle: Path) -> None:
@@ -225,7 +214,8 @@ def calibration(schedules: tuple[CalibratedEntry, ...]) -> CalibrationEntry:
 def entry(stages: tuple[int, int, int], distance: float, **changes: object) -> CalibratedEntry:
     usual = {"solver": "euler", "ratio": 0.3 if stages[1] else 0.0, "correction": 0.0, "refresh": 0}
     usual |= {"shift": None, "ras": False}
-    return CalibratedEntry(stages=stages, distance=distance, **usual | changes)
+    distances = {"latents": distance, "features": distance} | changes
+    return CalibratedEntry(stages=stages, **usual | distances)
 
 
 SCHEDULES = (
@@ -248,12 +238,22 @@ def test_the_nearest_schedule_within_the_budget_is_chosen(calibrated: Bundle) ->
         choice = choose(calibrated, Budget(speedup=asked), None)
         everything = [choice.best, *choice.runners_up]
         assert all(option.speedup >= asked * (1 - SLACK) for option in everything)
-        assert [o.distance for o in everything] == sorted(o.distance for o in everything)
-    assert choose(calibrated, Budget(speedup=1.0), None).best.distance == 0.1
+        assert [o.distance.both for o in everything] == sorted(o.distance.both for o in everything)
+    assert choose(calibrated, Budget(speedup=1.0), None).best.distance == Distance(0.1, 0.1)
     best = choose(calibrated, Budget(speedup=2.0), None)
     assert best.best.point.stages == (2, 4, 5)
     assert best.large_only is not None
-    assert best.large_only.distance == 0.3
+    assert best.large_only.distance == Distance(0.3, 0.3)
+
+
+def test_near_latents_do_not_make_up_for_features_that_are_far(calibrated: Bundle) -> None:
+    seams = entry((2, 4, 5), 0.25, features=0.4)
+    assert Distance(0.25, 0.4).both == pytest.approx(0.1**0.5)
+    bundle = save_calibration(calibrated, calibration(tuple(seams if s.stages == (2, 4, 5) else s for s in SCHEDULES)))
+    assert choose(bundle, Budget(speedup=2.0), None).best.point.stages == (10, 0, 0)
+    slight = entry((2, 4, 5), 0.25, features=0.35)
+    bundle = save_calibration(calibrated, calibration(tuple(slight if s.stages == (2, 4, 5) else s for s in SCHEDULES)))
+    assert choose(bundle, Budget(speedup=2.0), None).best.point.stages == (2, 4, 5)
 
 
 def test_plain_large_steps_are_chosen_where_they_are_nearest(calibrated: Bundle) -> None:
@@ -305,7 +305,7 @@ def test_the_frontier_has_what_nothing_beats(calibrated: Bundle) -> None:
     best = frontier(calibrated, calibrated.manifest.calibrations[0], costs)
     assert [o.point.stages for o in best] == [(20, 0, 0), (2, 4, 5), (2, 2, 6), (0, 0, 10)]
     for one, other in itertools.pairwise(best):
-        assert one.distance < other.distance
+        assert one.distance.both < other.distance.both
         assert one.speedup < other.speedup
 
 
@@ -364,7 +364,7 @@ def test_calibrate_prints_the_best(hst: Callable[..., Finished], bundle: Path, t
 
 def test_corrections_and_ratios_are_those_that_calibrations_may_hold() -> None:
     for point in points(200):
-        saved = CalibratedEntry(**dataclasses.asdict(point), distance=0.1)
+        saved = CalibratedEntry(**dataclasses.asdict(point), latents=0.1, features=0.2)
         assert point_of(saved) == point
         assert point.correction in CORRECTIONS
 
@@ -379,7 +379,11 @@ def test_what_is_missing_is_said_before_anything_is_drawn(
         pytest.fail("a picture was drawn")
 
     monkeypatch.setattr(HybridStitchPipeline, "__call__", drawn)
-    for command, package in (("calibrate", "scipy.optimize"), ("compare", "matplotlib")):
+    for command, package in (
+        ("calibrate", "scipy.optimize"),
+        ("calibrate", "efficientnet_lite_pytorch"),
+        ("compare", "matplotlib"),
+    ):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, package, None)
             result = hst(command, "--bundle", bundle, "--prompts-file", prompts)

@@ -132,7 +132,7 @@ class CostsEntry(_Entry):
 
 
 class CalibratedEntry(_Entry):
-    """A schedule and its distance to the converged large model: root mean square over latents, mean over prompts."""
+    """A schedule and its two distances to the converged large model, means over prompts."""
 
     stages: tuple[int, int, int]  # large, hybrid and small steps
     solver: Solver
@@ -141,7 +141,8 @@ class CalibratedEntry(_Entry):
     correction: float = Field(ge=0, le=1)
     refresh: int = Field(ge=0)  # every so manyth hybrid step is a full large call
     ras: bool  # tokens outside the mask keep their last velocity, and the small model draws nothing
-    distance: float = Field(ge=0, allow_inf_nan=False)
+    latents: float = Field(ge=0, allow_inf_nan=False)  # distance of latents, root mean square
+    features: float = Field(ge=0, allow_inf_nan=False)  # of the pictures' features, the root of `hst-trt compare`'s
 
 
 class CalibrationEntry(_Entry):

@@ -71,7 +71,7 @@ def calibrate(
     costs = pipeline.costs(RequestShape(1, entry.guidance_scale > 1, *pipeline.grid(height, width)))
     best = frontier(pipeline.bundle, entry, costs)
     if as_json:
-        rows = [{"options": o.options, "distance": o.distance, "speedup": round(o.speedup, 4)} for o in best]
+        rows = [{"options": o.options, **o.distance.to_dict(), "speedup": round(o.speedup, 4)} for o in best]
         content = {"bundle": str(pipeline.bundle.path), "cost_source": costs.source, "frontier": rows}
         print_json("hst_trt.calibrate/1", content | entry.model_dump(mode="json"))
         return
@@ -81,6 +81,6 @@ def calibrate(
         "speed-up", "distance", "options", title=f"{len(entry.schedules)} schedules, {entry.prompts} prompts: the best"
     )
     for row in best:
-        table.add_row(f"{row.speedup:.2f}x", f"{row.distance:.4f}", row.options)
+        table.add_row(f"{row.speedup:.2f}x", str(row.distance), row.options)
     tables.print(table)
     tables.print("to choose one for a budget: hst-trt plan --speedup 1.83")

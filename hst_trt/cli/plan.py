@@ -107,7 +107,7 @@ def _chosen(choice: Choice) -> dict[str, Any]:
 
     def row(option: Option) -> dict[str, Any]:
         return {
-            "options": option.options, "distance": option.distance, "speedup": round(option.speedup, 4),
+            "options": option.options, **option.distance.to_dict(), "speedup": round(option.speedup, 4),
             "seconds": option.seconds and round(option.seconds, 4),
         }  # fmt: skip
 
@@ -128,11 +128,12 @@ def _print_choice(choice: Choice, budget: str) -> None:
         rows.append(("large alone", choice.large_only))
     for name, option in rows:
         seconds = "" if option.seconds is None else f"{option.seconds:.3g}"
-        table.add_row(name, f"{option.speedup:.2f}x", seconds, f"{option.distance:.4f}", option.options)
+        table.add_row(name, f"{option.speedup:.2f}x", seconds, str(option.distance), option.options)
     tables.print(table)
     tables.print(
         f"speed-up: of the loop over {c.baseline_steps} large steps, by {choice.costs.source}\n"
-        f"distance: to {c.converged_steps} large steps, root mean square over latents, mean of {c.prompts} prompts ({c.date})"
+        f"distance: to {c.converged_steps} large steps, of latents (root mean square) and of the pictures' features, means of\n"
+        f"{c.prompts} prompts ({c.date}); the nearest has the least product of the two"
     )
     if choice.best == choice.large_only:
         tables.print("fewer steps of the large model alone are the best one can do for this: no second model, no mask")

@@ -298,7 +298,10 @@ def glue_sample(name: str, batch: int, h: int, w: int, active: int, rng: np.rand
         case "change":
             return {"velocity": tokens(), "last_velocity": tokens()}
         case "integrate":
-            return {"latents": tokens(), "velocity": tokens(), "history": tokens(), "weights": _normal(rng, 5)}
+            parts = {"latents": tokens(), "velocity": tokens(), "history": tokens(), "weights": _normal(rng, 5)}
+            kept = rng.random((batch, n, 1)) < 0.5
+            last = np.where(kept, parts["velocity"], tokens())
+            return parts | {"last_velocity": last, "held": np.floor(grid() * 2).reshape(batch, n)}
         case _:
             return {"latents": tokens()}
 

@@ -237,12 +237,21 @@ def _change(g: GraphBuilder) -> GraphBuilder:
 
 
 def _integrate(g: GraphBuilder) -> GraphBuilder:
-    latents, velocity, history = (g.input(name, "float32", _TOKENS) for name in ("latents", "velocity", "history"))
+    names = ("latents", "velocity", "last_velocity", "history")
+    latents, velocity, last, history = (g.input(name, "float32", _TOKENS) for name in names)
+    held = g.input("held", "float32", ["B", "N"])
     weights: list[str] = g.op("Split", g.input("weights", "float32", [5]), outputs=5, axis=0, num_outputs=5)
     a, b, c, d, e = weights
     euler = g.op("Add", g.op("Mul", a, latents), g.op("Mul", b, velocity))
-    g.output(g.op("Add", euler, g.op("Mul", c, history)), "next_latents", "float32", _TOKENS)
-    g.output(g.op("Add", g.op("Mul", d, latents), g.op("Mul", e, velocity)), "next_history", "float32", _TOKENS)
+    now = g.op("Add", g.op("Mul", d, latents), g.op("Mul", e, velocity))
+    longer = g.op("Add", held, g.scalar(1.0))
+    share = g.op("Unsqueeze", g.op("Div", held, longer), g.ints(2))
+    memory = g.op("Add", history, g.op("Mul", share, g.op("Sub", now, history)))
+    farthest = g.op("ReduceMax", g.op("Abs", g.op("Sub", velocity, last)), g.ints(2), keepdims=0)
+    moved = g.op("Greater", farthest, g.scalar(0.0))
+    g.output(g.op("Add", euler, g.op("Mul", c, memory)), "next_latents", "float32", _TOKENS)
+    g.output(g.op("Where", g.op("Unsqueeze", moved, g.ints(2)), now, history), "next_history", "float32", _TOKENS)
+    g.output(g.op("Where", moved, g.scalar(0.0), longer), "next_held", "float32", ["B", "N"])
     return g
 
 

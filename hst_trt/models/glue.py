@@ -159,10 +159,24 @@ def change(velocity: Tensor, last_velocity: Tensor) -> dict[str, Tensor]:
     return {"change": torch.tanh((velocity - last_velocity).abs().mean() / last_velocity.abs().mean())[None]}
 
 
-def integrate(latents: Tensor, velocity: Tensor, history: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """One step of the solver, ``a x + b v + c h``, and what it remembers, ``d x + e v``; see `hst_trt.schedule.SOLVERS`."""
+def integrate(
+    latents: Tensor, velocity: Tensor, last_velocity: Tensor, history: Tensor, held: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
+    """One step of the solver, ``a x + b v + c h``, and what it remembers, ``d x + e v``; see `hst_trt.schedule.SOLVERS`.
+
+    Solvers take the memory h to be one step old. A token that kept its velocity for ``held`` [B, N] steps (it equals the last
+    one in every bit) has an older one: h then becomes what it would have been one step ago, on the straight line from the
+    memory to what is remembered now. Otherwise its next step would go ``1 + held`` times as far beyond that line as it should.
+    """
     a, b, c, d, e = weights
-    return {"next_latents": a * latents + b * velocity + c * history, "next_history": d * latents + e * velocity}
+    now = d * latents + e * velocity
+    memory = history + (held / (1 + held))[..., None] * (now - history)
+    moved = (velocity - last_velocity).abs().amax(-1) > 0
+    return {
+        "next_latents": a * latents + b * velocity + c * memory,
+        "next_history": torch.where(moved[..., None], now, history),
+        "next_held": torch.where(moved, 0.0, held + 1),
+    }
 
 
 def finite(latents: Tensor) -> dict[str, Tensor]:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..bundle import CalibratedEntry, CalibrationEntry, save_calibration
+from ..compare.features import Features
 from ..compare.gallery import Case
 from ..compare.run import CONVERGED_SAMPLING, CONVERGED_STEPS
 from ..compare.store import digest
@@ -25,7 +27,7 @@ from ..errors import RequestError
 from ..pipeline import HybridStitchPipeline
 from ..plan import StitchPlan
 from ..workspace import RequestShape
-from .choose import calibration_of
+from .choose import Distance, calibration_of
 from .model import DistanceModel, fitter
 from .space import LEAST_STEPS, Point, Space, point_of
 
@@ -70,10 +72,11 @@ def calibrate(
         on_measured: called with how many are measured, and a line about the last one.
 
     Raises:
-        MissingError: SciPy is not installed; RequestError: the reference is not the longest run; HstError: the bundle cannot be
-            written.
+        MissingError: SciPy or the feature network is not installed; RequestError: the reference is not the longest run;
+        HstError: the bundle cannot be written.
     """
     fitter()
+    features = Features()
     bundle, side = pipeline.bundle, pipeline.spec.token_side
     h, w = pipeline.grid(height, width)
     steps = bundle.manifest.defaults.num_inference_steps if baseline_steps is None else baseline_steps
@@ -98,7 +101,7 @@ def calibrate(
             log.warning(
                 "this replaces the calibration of %s, %d schedules on other prompts or terms", old.date, len(old.schedules)
             )
-    calibrator = Calibrator(pipeline, cases, entry, known[0].schedules if known else ())
+    calibrator = Calibrator(pipeline, cases, entry, features, known[0].schedules if known else ())
 
     def save() -> None:
         schedules = tuple(_entry(point, distance) for point, distance in calibrator.measured.items())
@@ -107,7 +110,7 @@ def calibrate(
     saved = time.monotonic()
     for point in calibrator.run(count):
         done, distance = len(calibrator.measured), calibrator.measured[point]
-        on_measured(done, f"{calibrator.speedup(point):.2f}x, distance {distance:.4f}")
+        on_measured(done, f"{calibrator.speedup(point):.2f}x, distance {distance.both:.4f}")
         if time.monotonic() - saved > SAVE_EVERY:
             save()
             saved = time.monotonic()
@@ -115,8 +118,9 @@ def calibrate(
     return calibration_of(pipeline.bundle, height, width)
 
 
-def _entry(point: Point, distance: float) -> CalibratedEntry:
-    return CalibratedEntry(**dataclasses.asdict(point), distance=round(distance, 6))
+def _entry(point: Point, distance: Distance) -> CalibratedEntry:
+    rounded = {name: round(value, 6) for name, value in dataclasses.asdict(distance).items()}
+    return CalibratedEntry(**dataclasses.asdict(point), **rounded)
 
 
 class Calibrator:
@@ -131,23 +135,25 @@ class Calibrator:
         pipeline: HybridStitchPipeline,
         cases: Sequence[Case],
         calibration: CalibrationEntry,
+        features: Features,
         known: Sequence[CalibratedEntry] = (),
     ) -> None:
-        self._pipeline, self._cases = pipeline, cases
+        self._pipeline, self._cases, self._features = pipeline, cases, features
         self._size = {"height": calibration.height, "width": calibration.width}
         self._steps = max(LEAST_STEPS, calibration.baseline_steps)
         ratios = tuple(ratio for ratio in pipeline.bundle.manifest.bucket_ratios if ratio < 1)
         self.space = Space(self._steps, ratios, pipeline.scheduler.shift)
-        self.measured = {point_of(entry): entry.distance for entry in known}
+        self.measured = {point_of(entry): Distance(entry.latents, entry.features) for entry in known}
         self._costs = pipeline.costs(RequestShape(1, calibration.guidance_scale > 1, *pipeline.grid(**self._size)))
         self._plans: dict[Point, StitchPlan] = {}
         self._converged_steps = calibration.converged_steps
 
     @functools.cached_property
-    def _converged(self) -> np.ndarray:
-        """What distances are to; drawn only if there is something to measure."""
+    def _converged(self) -> tuple[np.ndarray, list[Tensor]]:
+        """The latents and features that distances are to; drawn only if there is something to measure."""
         sampling = dataclasses.asdict(CONVERGED_SAMPLING)
-        return self._latents({"schedule": "large", "num_inference_steps": self._converged_steps, **sampling})
+        latents = self._latents({"schedule": "large", "num_inference_steps": self._converged_steps, **sampling})
+        return latents, self._seen(latents)
 
     def run(self, count: int) -> Iterator[Point]:
         """Measures until there are `count` points, or no more to find; gives each one after it was measured."""
@@ -157,14 +163,16 @@ class Calibrator:
         while len(self.measured) < count and (points := first or self._promising(rng)):
             for point in points:
                 if point not in self.measured and len(self.measured) < count:
-                    self.measured[point] = float(self.distances(point).mean())
+                    self.measured[point] = Distance(*self.distances(point).mean(1).tolist())
                     yield point
             first = []
 
     def distances(self, point: Point) -> np.ndarray:
-        """To the converged large model, root mean square over latents, [prompts]."""
-        error: np.ndarray = np.square(self._latents(point.settings) - self._converged).mean((1, 2, 3))
-        return np.sqrt(error)
+        """To the converged large model, of latents and of features as `Distance` has them, [2, prompts]."""
+        latents = self._latents(point.settings)
+        wanted, seen = self._converged
+        error: np.ndarray = np.square(latents - wanted).mean((1, 2, 3))
+        return np.sqrt(np.stack([error, self._features.distance(self._seen(latents), seen)]))
 
     def _sigmas_of(self, point: Point) -> np.ndarray:
         """[N+1]"""
@@ -182,9 +190,10 @@ class Calibrator:
 
     def _promising(self, rng: np.random.Generator) -> list[Point]:
         """For each of many budgets the point not yet measured that the model expects most of; then any; then none."""
-        model = DistanceModel(self.measured, self._sigmas_of)
+        far = {point: distance.both for point, distance in self.measured.items()}
+        model = DistanceModel(far, self._sigmas_of)
         pool = {self.space.random(rng) for _ in range(CANDIDATES // 2)}
-        best = sorted(self.measured, key=self.measured.__getitem__)
+        best = sorted(far, key=far.__getitem__)
         frontier = [p for i, p in enumerate(best) if all(self.speedup(p) > self.speedup(q) for q in best[:i])]
         for point in frontier:
             pool.update(self.space.neighbours(point))
@@ -203,3 +212,7 @@ class Calibrator:
         request = {**settings, **self._size}
         drawn = [self._pipeline(case.prompt, seed=case.number, output_type="latent", **request).images for case in self._cases]
         return np.concatenate(drawn)
+
+    def _seen(self, latents: np.ndarray) -> list[Tensor]:
+        """Features of the pictures that latents decode to."""
+        return self._features(self._pipeline.decode(latents))[1]

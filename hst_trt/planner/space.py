@@ -20,7 +20,7 @@ from ..schedule import Solver, TimestepSpacing
 __all__ = ["CORRECTIONS", "LEAST_STEPS", "REFRESHES", "SOLVERS", "Point", "Space", "point_of"]
 
 CORRECTIONS = (0.0, 0.7, 0.9, 1.0)
-REFRESHES = (0, 2, 3, 4)
+REFRESHES = (0, 2, 3, 4, 6, 8)
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 LEAST_STEPS = 3
 _SPACING: TimestepSpacing = "trailing"
@@ -79,7 +79,7 @@ class Point:
 
 def point_of(entry: CalibratedEntry) -> Point:
     """The schedule that a bundle's calibration has the distance of."""
-    return Point(**entry.model_dump(exclude={"distance"}))
+    return Point(**entry.model_dump(exclude={"latents", "features"}))
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Space:
         found += [dataclasses.replace(point, ratio=other) for other in self.ratios]
         found += [dataclasses.replace(point, correction=other) for other in CORRECTIONS]
         found += [dataclasses.replace(point, refresh=every) for every in REFRESHES]
+        found += [dataclasses.replace(one, refresh=one.stages[1]) for one in found if one.ras]  # the last step alone
         legal = (one for one in found if min(one.stages) >= 0 and LEAST_STEPS <= one.steps <= self.most_steps)
         return list(dict.fromkeys(tidy for tidy in map(self.tidied, legal) if tidy != point))
 

@@ -27,6 +27,10 @@ double rounded(double value) {
   return std::strtod(text, nullptr);
 }
 
+std::optional<int64_t> every_of(const PlanRequest &request) {
+  return request.schedule == "ras" && !request.refresh_every ? 3 : request.refresh_every;
+}
+
 int64_t up(double value) { return static_cast<int64_t>(std::ceil(value)); }
 
 Stages default_stages(const PlanRequest &request) {
@@ -41,8 +45,10 @@ Stages default_stages(const PlanRequest &request) {
   if (schedule == "large") return {n, 0, 0};
   if (schedule == "small") return {0, 0, n};
   if (schedule == "ras") {
-    const int64_t full = std::min(n, std::max<int64_t>(2, first));
-    return {full, n - full, 0};
+    // The last step is a full one: after a masked one, the edges of the mask would stay in the picture.
+    int64_t masked = std::max<int64_t>(0, n - std::max<int64_t>(2, first));
+    masked -= masked % std::max<int64_t>(1, *every_of(request));
+    return {n - masked, masked, 0};
   }
   if (schedule == "hybrid") return {first, hybrid, n - first - hybrid};
   if (request.adaptive) return {first, 0, n - first};
@@ -109,9 +115,7 @@ Steps masked_run(const PlanRequest &request, int64_t large, int64_t masked, bool
   const bool by_ratio = request.mask.threshold == 0;
   const int64_t budget = by_ratio ? bucket_for(request.mask.ratio * static_cast<double>(n), request.buckets) : kByThreshold;
   if (budget == n) return large_only(request, large + masked);  // a mask of everything is no mask
-  std::optional<int64_t> every = request.refresh_every;
-  if (request.schedule == "ras" && !every) every = 3;
-  std::set<int64_t> refreshed = refreshes(masked, every);
+  std::set<int64_t> refreshed = refreshes(masked, every_of(request));
   if (masked > 0 && large == 0) refreshed.insert(0);
   std::vector<int64_t> tokens(static_cast<size_t>(large), n);
   for (int64_t k = 0; k < masked; ++k) tokens.push_back(refreshed.count(k) ? n : budget);

@@ -11,6 +11,7 @@ Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape 
                            "refined", "difference", "next_difference"}) {
     make(name, {b, n, c}, DType::kFloat32);
   }
+  for (const char *name : {"held", "next_held"}) make(name, {b, n}, DType::kFloat32);
   for (const char *name : {"all_tokens", "hidden_tokens", "row_velocity"}) make(name, {r, n, c}, DType::kFloat32);
   for (const char *name : {"pos_ids", "large_pos_ids", "small_pos_ids"}) make(name, {r, n}, DType::kInt64);
   for (const char *name : {"identity", "order", "next_order", "partner", "active", "ranks"}) make(name, {b, n}, DType::kInt64);
@@ -56,7 +57,7 @@ void Workspace::begin(const std::vector<float> &latents, const TextFeatures &tex
   backend_.write(buffer("coefficients"), coefficients.data());
   backend_.copy(*text.encoder_hidden_states, buffer("encoder_hidden_states"));
   backend_.copy(*text.pooled_projections, buffer("pooled_projections"));
-  for (const char *name : {"step", "history", "difference", "scores", "age", "last_velocity", "last_sketch"}) backend_.zero(buffer(name));
+  for (const char *name : {"step", "history", "held", "difference", "scores", "age", "last_velocity", "last_sketch"}) backend_.zero(buffer(name));
   write_number("guidance_scale", guidance_scale);
   write_number("correction", correction);
   write_number("score_decay", mask.decay);
@@ -140,10 +141,12 @@ float Workspace::change() {
 }
 
 void Workspace::integrate() {
-  call("integrate", {{"latents", "latents"}, {"velocity", "velocity"}, {"history", "history"}, {"weights", "weights"},
-                     {"next_latents", "next_latents"}, {"next_history", "next_history"}});
+  call("integrate", {{"latents", "latents"}, {"velocity", "velocity"}, {"last_velocity", "last_velocity"}, {"history", "history"},
+                     {"held", "held"}, {"weights", "weights"}, {"next_latents", "next_latents"}, {"next_history", "next_history"},
+                     {"next_held", "next_held"}});
   copy("next_latents", "latents");
   copy("next_history", "history");
+  copy("next_held", "held");
 }
 
 void Workspace::remember() {
