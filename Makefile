@@ -62,6 +62,7 @@ results: setup beside-others  ## Measure what docs/results.md shows, two hours o
 	$(BIN)/python benchmarks/planner_check.py
 	$(BIN)/python benchmarks/cost_fits.py
 	$(BIN)/python benchmarks/variants.py
+	$(BIN)/python benchmarks/text_cache.py
 	$(BIN)/python benchmarks/page.py
 
 pictures: setup  ## Draw the pictures of the README anew.

@@ -237,11 +237,41 @@ def variants(content: Mapping[str, Any]) -> list[str]:
         for row in content["variants"]
     ]  # fmt: skip
     head = ("variant", "steps", "large calls", "latents", "over the large model alone", "features over it alone")
-    return [*lines, *table(head, body)]
+    lines += table(head, body)
+    lines += [
+        "\nWhy the small model does not pay here: how much of the large model's change since the step before is told by the",
+        "small one's (as it is, and with the best factor), by its conditional half, and by the large model's own change before",
+        "(with the best factor): 1 is all, 0 nothing, below 0 it is better to take no change at all. 12 steps.\n",
+    ]
+    names = ("step", "sigma", "change", "small", "small, scaled", "half", "past")
+    return [*lines, *table(names, [[f"{row[name]:g}" for name in names] for row in content["foretold"]])]
+
+
+def text(content: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "\n## Text stream from the cache\n",
+        "Masked calls that do not compute the text stream, and take its keys and values from the last full call: real runs of",
+        f"`ras` in torch, {content['prompts']} prompts. `over`: distance over that of the same run with the text computed.\n",
+    ]
+    body = [
+        [
+            f"{row['steps']}", f"{','.join(map(str, row['stages']))}, {row['refresh']}", f"{row['ratio']:g}",
+            f"{row['cost']:.2f}", f"{row['cost_without_text'] / row['cost'] - 1:+.1%}",
+            span(row["latents_over"], 3), span(row["features_over"], 3),
+        ]
+        for row in content["rows"]
+    ]  # fmt: skip
+    return [
+        *lines,
+        *table(("steps", "stages, refresh", "ratio", "large calls", "cost", "latents, over", "features, over"), body),
+    ]
 
 
 def main() -> None:
-    parts = {"frontier": frontier, "planner_check": planner, "beside_others": beside, "cost_fits": fits, "variants": variants}
+    parts = {
+        "frontier": frontier, "planner_check": planner, "beside_others": beside, "cost_fits": fits, "variants": variants,
+        "text_cache": text,
+    }  # fmt: skip
     lines = [
         "# Results\n",
         "Made by `make results` on the demo pair; every figure was measured, by the scripts in `benchmarks/`.\n",

@@ -76,6 +76,8 @@ VARIANTS = (
     Variant("large keyframes, a small step between", "LLLLLLsLsLsL"),
     Variant("large keyframes, a small conditional half between", "LLLLLLkLkLkL"),
     Variant("small model late", "LLLLLLLLLsss"),
+    Variant("small model at the last step", "LLLLLLLLLLLs"),
+    Variant("small conditional half at the last step", "LLLLLLLLLLLk"),
     Variant("small conditional half, late", "LLLLLLLLLkkk"),
     Variant("large conditional half in turn", "LLLLLLlLlLlL"),
     Variant("large conditional half, late", "LLLLLLLLllll"),
@@ -289,6 +291,50 @@ class Run:
         return uniform_filter(maps, (0, side, side), mode="nearest").reshape(values.shape)
 
 
+def foretold(lab: Lab, steps: int) -> list[dict[str, float]]:
+    """How much of the large model's change since the step before others tell, step by step of a run of it alone.
+
+    1 - mean square of what is left / mean square of the change; below 0 it is better to take no change at all. `small`: the
+    small model's change is taken for it, as stitching with a correction does; `small, scaled`: with the best factor there is;
+    `half`: the small model's conditional half; `past`: the large model's own change before, with the best factor.
+    """
+    table = lab.begin(steps, SAMPLING)
+    kept: dict[str, np.ndarray] = {}
+    changes: dict[str, np.ndarray] = {}
+    rows = []
+    for t in range(steps):
+        lab.ws.advance()
+        unconditional, conditional = lab.call(SMALL)
+        now = {
+            "half": conditional,
+            "small": unconditional + lab.guidance * (conditional - unconditional),
+            "large": lab.guided(LARGE),
+        }
+        last, changes = changes, {name: now[name] - kept[name] for name in kept}
+        kept = now
+        if last:
+            wanted = changes["large"]
+
+            def told(others: np.ndarray, factor: float | None = None, wanted: np.ndarray = wanted) -> float:
+                if factor is None:
+                    factor = float((wanted * others).sum() / np.square(others).sum())
+                return round(float(1 - np.square(wanted - factor * others).sum() / np.square(wanted).sum()), 3)
+
+            rows.append(
+                {
+                    "step": t + 1,
+                    "sigma": round(float(table.sigmas[t]), 3),
+                    "change": round(float(np.sqrt(np.square(wanted).mean() / np.square(now["large"]).mean())), 3),
+                    "small": told(changes["small"], 1.0),
+                    "small, scaled": told(changes["small"]),
+                    "half": told(changes["half"], 1.0),
+                    "past": told(last["large"]),
+                }
+            )
+        lab.integrate(now["large"])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
@@ -335,6 +381,7 @@ def main() -> None:
             "machine": {"cpu": cpu().name, "date": datetime.date.today().isoformat()},
             "prompts": lab.count,
             "large_alone": {n: round(float(values[0, 0]), 5) for n, values in zip(counts, alone, strict=True)},
+            "foretold": foretold(lab, 12),
             "variants": rows,
         },
     )
