@@ -82,6 +82,10 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
     first = ["baseline", "large, 28 steps", "1.00x", span(far["psnr"]), f"{far['ssim']['value']:.3f}"]
     first += [f"{far['feature distance']['value']:.4f}", span(base["kid"], 1, 1000), span(base["right"], 1, 100)]
     lines += table(("", "schedule", "speed-up", "PSNR, dB", "SSIM", "features", "KID x 1000", "right, %"), [first, *body])
+    alone = {name for name in content["planned"].values() if rows[name]["options"].startswith("--schedule large")}
+    over, gain = (
+        {name: one for name, one in content[key].items() if name not in alone} for key in ("over_best_baseline", "gain")
+    )
     lines += ["What the planner chose, as options of `hst-trt run`:\n"]
     lines += table(
         PLANNED,
@@ -89,15 +93,14 @@ def frontier(content: Mapping[str, Any]) -> list[str]:
             [
                 f"{asked}x",
                 f"`{rows[name]['options']}`",
-                span(content["over_best_baseline"].get(name)),
-                content["over_best_baseline"].get(name, {}).get("baseline", "-"),
-                span(content["gain"].get(name), 3),
+                span(over.get(name)),
+                over.get(name, {}).get("baseline", "it is the large model alone" if name in alone else "-"),
+                span(gain.get(name), 3),
                 over_diffusers(rows, content, name),
             ]
             for asked, name in content["planned"].items()
         ],
     )
-    over, gain = content["over_best_baseline"], content["gain"]
     held = {
         "nearer by PSNR than the nearest baseline as fast (to 2 %), the interval of the paired difference above 0": [
             asked for asked, name in content["planned"].items() if name in over and over[name]["low"] > 0

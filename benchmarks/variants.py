@@ -8,7 +8,7 @@ Two distances, each over the large model's alone at equal cost: of latents, and 
 Masked calls are read off full ones, so their keys and values are never stale: a bound from above on what they are worth.
 Costs are the cost model's; conditional halves count half. Writes benchmarks/results/variants.json.
 
-    python benchmarks/variants.py [--prompts 32] [--threads 1]
+    python benchmarks/variants.py [--prompts 16] [--threads 1]
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ def foretold(lab: Lab, steps: int) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of a call")
     arguments = parser.parse_args()
     bundle = build_bundle(load_recipe("demo"), load_target("cpu"), BUNDLE).bundle

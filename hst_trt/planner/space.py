@@ -146,6 +146,8 @@ class Space:
         if point.ras and hybrid + small and large >= _TWO:
             hybrid = hybrid + small
             refresh = point.refresh if point.refresh <= hybrid else 0
+            if refresh == 1:  # no masked step is left
+                return self.tidied(dataclasses.replace(point, stages=(large + hybrid, 0, 0)))
             return dataclasses.replace(point, stages=(large, hybrid, 0), correction=0.0, refresh=refresh)
         refresh = point.refresh if point.refresh <= hybrid else 0
         full = (hybrid // refresh if refresh else 0) + (not large)
