@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host import API_VERSION, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
+from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -414,7 +414,7 @@ def test_another_version_is_refused(library: Library) -> None:
 
 
 def test_an_installed_host_is_found_by_cmake(built: Path, tmp_path: Path) -> None:
-    subprocess.run(["cmake", "--install", built, "--prefix", tmp_path / "installed"], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--install", built, "--prefix", tmp_path / "installed"], check=True, capture_output=True)
     source = tmp_path / "host"
     source.mkdir()
     (source / "CMakeLists.txt").write_text(
@@ -424,9 +424,9 @@ def test_an_installed_host_is_found_by_cmake(built: Path, tmp_path: Path) -> Non
     (source / "host.cpp").write_text(
         "#include <hst_trt.hpp>\nint main() { return hst_api_version() == HST_API_VERSION ? 0 : 1; }\n"
     )
-    options = [f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}", "-G", "Ninja"]
-    subprocess.run(["cmake", "-S", source, "-B", tmp_path / "b", *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path / "b"], check=True, capture_output=True)
+    options = [f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}"]
+    subprocess.run([CMAKE, "-S", source, "-B", tmp_path / "b", *options], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--build", tmp_path / "b"], check=True, capture_output=True)
     assert subprocess.run([tmp_path / "b" / "host"], check=False).returncode == 0
 
 

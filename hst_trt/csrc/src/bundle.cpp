@@ -150,15 +150,6 @@ TransformerSpec transformer_spec(const Manifest &manifest, const char *model) {
           positive(config, "pos_embed_max_size")};
 }
 
-PairSpec pair_spec(const Manifest &manifest) {
-  PairSpec spec{transformer_spec(manifest, "large"), transformer_spec(manifest, "small"), 0, 0, manifest.vae_scale,
-                manifest.tokenizers[0].length, manifest.t5_length};
-  const json::Value &config = manifest.model_configs.at("large");
-  spec.latent_channels = positive(config, "in_channels");
-  spec.patch_size = positive(config, "patch_size");
-  return spec;
-}
-
 void check_runs_here(const fs::path &folder, const Manifest &manifest) {
   std::string missing;
   for (const char *name : kGlue) {
@@ -255,6 +246,15 @@ void verify_files(const Bundle &bundle) {
 }
 
 }  // namespace
+
+PairSpec pair_spec(const Manifest &manifest) {
+  PairSpec spec{transformer_spec(manifest, "large"), transformer_spec(manifest, "small"), 0, 0, manifest.vae_scale,
+                manifest.tokenizers[0].length, manifest.t5_length};
+  const json::Value &config = manifest.model_configs.at("large");
+  spec.latent_channels = positive(config, "in_channels");
+  spec.patch_size = positive(config, "patch_size");
+  return spec;
+}
 
 std::string Bundle::read(const std::string &name) const {
   std::string content;

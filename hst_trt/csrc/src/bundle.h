@@ -21,6 +21,9 @@ struct Bundle {
   std::string read(const std::string &name) const;
 };
 
+// What the manifest says of its models. Throws std::invalid_argument.
+PairSpec pair_spec(const Manifest &manifest);
+
 // Opens a bundle to run it: what a run reads by path is hashed. Throws Error with HST_MISSING, HST_INTEGRITY or HST_INCOMPATIBLE.
 Bundle open_bundle(const std::string &path);
 
