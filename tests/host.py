@@ -26,8 +26,13 @@ CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).par
 """The `dev` extra brings one, for machines that have none or an old one."""
 
 
-def build_host(preset: str = os.environ.get("HST_TRT_TEST_PRESET", "release")) -> Path:
-    """The folder with the host as a preset builds it; made as `make host` does, once, whatever number of processes ask."""
+def build_host(preset: str = "release") -> Path:
+    """The folder with the host as a preset builds it; made as `make host` does, once, whatever number of processes ask.
+
+    HST_TRT_TEST_HOST names another folder in place of the release's, built before.
+    """
+    if preset == "release" and (built := os.environ.get("HST_TRT_TEST_HOST")):
+        return Path(built)
     compiler = shutil.which("clang++" if preset == "fuzz" else "c++")
     missing = [
         what for what, found in (("CMake", CMAKE), ("Clang" if preset == "fuzz" else "a C++ compiler", compiler)) if not found
