@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes as c
 import fcntl
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +22,30 @@ SOURCES = ROOT / "hst_trt" / "csrc"
 API_VERSION = 1 << 16
 
 
-def build_host() -> Path:
-    """The folder with the built host; made as `make host` does, once, whatever number of processes ask."""
-    missing = [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
+CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+"""The `dev` extra brings one, for machines that have none or an old one."""
+
+
+def build_host(preset: str = "release") -> Path:
+    """The folder with the host as a preset builds it; made as `make host` does, once, whatever number of processes ask.
+
+    HST_TRT_TEST_HOST names another folder in place of the release's, built before.
+    """
+    if preset == "release" and (built := os.environ.get("HST_TRT_TEST_HOST")):
+        return Path(built)
+    compiler = shutil.which("clang++" if preset == "fuzz" else "c++")
+    missing = [
+        what for what, found in (("CMake", CMAKE), ("Clang" if preset == "fuzz" else "a C++ compiler", compiler)) if not found
+    ]
     if missing:
-        pytest.skip(f"building the C++ host needs {', '.join(missing)}")
-    folder = ROOT / "build" / "out" / "host"
+        pytest.skip(f"building the C++ host needs {' and '.join(missing)}")
+    folder = ROOT / "build" / "out" / ("host" if preset == "release" else f"host-{preset}")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".test-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            ["cmake", "-S", str(SOURCES), "--preset", "release", "-B", str(folder)],
-            ["cmake", "--build", str(folder)],
+            [CMAKE, "-S", str(SOURCES), "--preset", preset, "-B", str(folder)],
+            [CMAKE, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -1,14 +1,18 @@
 #include "manifest.h"
 
 #include <charconv>
-#include <cmath>
+#include <iterator>
 #include <limits>
 #include <set>
 #include <stdexcept>
 
+#include "graph_names.h"
+#include "spec.h"
+
 namespace hst_trt {
 namespace {
 
+constexpr int64_t kNoEnd = std::numeric_limits<int64_t>::max();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 [[noreturn]] void fail(const std::string &field, const std::string &what) { throw std::invalid_argument(field + ": " + what); }
@@ -24,9 +28,10 @@ std::string one_of(const json::Value &value, const std::string &field, const std
   return text;
 }
 
-int64_t whole_of(const json::Value &value, const std::string &field, int64_t least) {
+int64_t whole_of(const json::Value &value, const std::string &field, int64_t least = -kNoEnd - 1, int64_t most = kNoEnd) {
   if (!value.whole()) fail(field, "not a whole number");
   if (*value.whole() < least) fail(field, "less than " + std::to_string(least));
+  if (*value.whole() > most) fail(field, "more than " + std::to_string(most));
   return *value.whole();
 }
 
@@ -62,7 +67,7 @@ class Fields {
     return members_.find(key)->second;
   }
   std::string text(const std::string &key) { return text_of(get(key), path(key)); }
-  int64_t whole(const std::string &key, int64_t least) { return whole_of(get(key), path(key), least); }
+  int64_t whole(const std::string &key, int64_t least, int64_t most = kNoEnd) { return whole_of(get(key), path(key), least, most); }
   double number(const std::string &key, double least, bool above = false) { return number_of(get(key), path(key), least, above); }
   void done() const {
     for (const auto &member : members_) {
@@ -114,12 +119,12 @@ std::string read_engine(const json::Value &value, const std::string &path) {
     for (const auto &axis : object_of(profile.get("axes"), profile.path("axes"))) {
       const json::Array &lengths = array_of(axis.second, profile.path("axes"));
       if (lengths.size() != 3) fail(profile.path("axes"), "not three lengths");
-      for (const json::Value &length : lengths) whole_of(length, profile.path("axes"), std::numeric_limits<int64_t>::min());
+      for (const json::Value &length : lengths) whole_of(length, profile.path("axes"));
     }
     profile.done();
   }
   if (fields.has("activation_bytes") && !fields.get("activation_bytes").is_null()) {
-    fields.whole("activation_bytes", std::numeric_limits<int64_t>::min());
+    whole_of(fields.get("activation_bytes"), fields.path("activation_bytes"));
   }
   one_of(fields.get("read_back"), fields.path("read_back"), {"network", "engine"});
   fields.number("seconds", 0);
@@ -141,7 +146,7 @@ void check_costs(const json::Value &value, const std::string &path) {
     int64_t tokens = 0;
     const char *last = entry.first.data() + entry.first.size();
     const auto end = std::from_chars(entry.first.data(), last, tokens);
-    if (end.ec != std::errc() || end.ptr != last || tokens < 1) fail(fields.path("large_seconds"), "not a number of tokens");
+    if (end.ec != std::errc() || end.ptr != last || tokens < 1 || entry.first[0] == '0') fail(fields.path("large_seconds"), "not a number of tokens");
     number_of(entry.second, fields.path("large_seconds"), 0, true);
   }
   fields.done();
@@ -156,7 +161,7 @@ void check_calibration(const json::Value &value, const std::string &path) {
     Fields schedule(item, fields.path("schedules"));
     const json::Array &stages = array_of(schedule.get("stages"), schedule.path("stages"));
     if (stages.size() != 3) fail(schedule.path("stages"), "not three numbers");
-    for (const json::Value &stage : stages) whole_of(stage, schedule.path("stages"), std::numeric_limits<int64_t>::min());
+    for (const json::Value &stage : stages) whole_of(stage, schedule.path("stages"));
     one_of(schedule.get("solver"), schedule.path("solver"), {"euler", "ab2", "dpmpp-2m"});
     if (!schedule.get("shift").is_null()) schedule.number("shift", 0, true);
     if (schedule.number("ratio", 0) >= 1) fail(schedule.path("ratio"), "not below 1");
@@ -176,7 +181,7 @@ TargetEntry read_target(const json::Value &value) {
   fields.text("backend_version");
   one_of(fields.get("precision"), "target.precision", {"float32", "float16", "bfloat16"});
   if (fields.has("sms")) {
-    for (const json::Value &sm : array_of(fields.get("sms"), "target.sms")) whole_of(sm, "target.sms", std::numeric_limits<int64_t>::min());
+    for (const json::Value &sm : array_of(fields.get("sms"), "target.sms")) whole_of(sm, "target.sms");
   }
   fields.done();
   return target;
@@ -213,14 +218,15 @@ Manifest read_manifest(const json::Value &document) {
     manifest.model_configs[item.first] = model.get("config");
     model.done();
   }
-  manifest.vae_scale = fields.whole("vae_scale", 1);
-  manifest.t5_length = fields.whole("t5_length", 0);
+  manifest.vae_scale = fields.whole("vae_scale", 1, kMaxCount);
+  manifest.t5_length = fields.whole("t5_length", 0, kMaxCount);
   for (const json::Value &item : array_of(fields.get("tokenizers"), "tokenizers")) {
     Fields tokenizer(item, "tokenizers");
-    manifest.tokenizers.push_back({tokenizer.text("path"), tokenizer.whole("length", 1), tokenizer.whole("pad_id", 0)});
+    manifest.tokenizers.push_back({tokenizer.text("path"), tokenizer.whole("length", 1, kMaxCount), tokenizer.whole("pad_id", 0)});
     tokenizer.done();
   }
   if (manifest.tokenizers.empty()) fail("tokenizers", "none");
+  if (manifest.tokenizers.size() > std::size(kTextEncoders)) fail("tokenizers", "more than there are text encoders");
   manifest.scheduler = fields.text("scheduler");
   for (const auto &item : object_of(fields.get("graphs"), "graphs")) {
     manifest.graphs[item.first] = read_graph(item.second, "graphs." + item.first);
@@ -231,14 +237,15 @@ Manifest read_manifest(const json::Value &document) {
     }
   }
   Fields defaults(fields.get("defaults"), "defaults");
-  manifest.defaults = {defaults.whole("num_inference_steps", 1), defaults.whole("height", 1), defaults.whole("width", 1),
-                       defaults.number("guidance_scale", 0)};
+  manifest.defaults = {defaults.whole("num_inference_steps", 1, kMaxCount), defaults.whole("height", 1, kMaxSide),
+                       defaults.whole("width", 1, kMaxSide), defaults.number("guidance_scale", 0)};
   defaults.done();
   Fields limits(fields.get("limits"), "limits");
-  manifest.limits = {limits.whole("max_side", 1), limits.whole("max_images", 1)};
+  manifest.limits = {limits.whole("max_side", 1, kMaxSide), limits.whole("max_images", 1, kMaxImages)};
   limits.done();
   for (const json::Value &ratio : array_of(fields.get("bucket_ratios"), "bucket_ratios")) {
-    manifest.bucket_ratios.push_back(number_of(ratio, "bucket_ratios"));
+    manifest.bucket_ratios.push_back(number_of(ratio, "bucket_ratios", 0, true));
+    if (manifest.bucket_ratios.back() > 1) fail("bucket_ratios", "above 1");
   }
   for (const auto &item : object_of(fields.get("files"), "files")) {
     manifest.files[item.first] = read_file_entry(item.second, "files." + item.first);

@@ -129,19 +129,11 @@ std::shared_ptr<const Opened> open_for_pipelines(const std::string &path) {
   auto opened = std::make_shared<Opened>();
   opened->bundle = open_bundle(path);
   const Manifest &manifest = opened->bundle.manifest;
-  if (manifest.tokenizers.size() > std::size(kTextEncoders)) {
-    throw Error(HST_INTEGRITY, path + " has more tokenizers than there are text encoders", "", "run `hst-trt build --force` again");
-  }
   for (const TokenizerEntry &entry : manifest.tokenizers) {
-    const auto file = opened->bundle.file(entry.path);
     try {
-      opened->tokenizers.emplace_back(json::parse(read_file(file)), entry.length, entry.pad_id);
-    } catch (const Error &) {
-      throw;
-    } catch (const std::bad_alloc &) {
-      throw;
-    } catch (const std::exception &exc) {
-      throw Error(HST_INTEGRITY, file.string() + " is not a tokenizer", exc.what(), "build the bundle again");
+      opened->tokenizers.emplace_back(json::parse(opened->bundle.read(entry.path)), entry.length, entry.pad_id);
+    } catch (const std::invalid_argument &exc) {
+      throw Error(HST_INTEGRITY, path + ": " + entry.path + " is not a tokenizer", exc.what(), "build the bundle again");
     }
   }
   return opened;
