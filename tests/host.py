@@ -106,6 +106,7 @@ class Drawn:
     steps: list[Step]
     masks: dict[int, np.ndarray]
     times: dict[str, float]
+    warning: str
 
 
 class Library:
@@ -114,7 +115,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.raw = c.CDLL(str(path))
         self.raw.hst_error_message.restype = c.c_char_p
-        for name in ("hst_bundle_name", "hst_bundle_fingerprint"):
+        for name in ("hst_bundle_name", "hst_bundle_fingerprint", "hst_result_warning"):
             getattr(self.raw, name).restype = c.c_char_p
         for name in ("hst_result_rgb", "hst_result_mask", "hst_result_seeds"):
             getattr(self.raw, name).restype = c.c_void_p
@@ -220,4 +221,7 @@ def drawn(library: Library, result: c.c_void_p) -> Drawn:
     images = np.stack([array(raw.hst_result_rgb(result, c.c_size_t(i)), shape) for i in range(count)])
     seeds = np.frombuffer(c.string_at(raw.hst_result_seeds(result), 8 * raw.hst_result_seed_count(result)), np.uint64)
     times = raw.hst_result_times(result)
-    return Drawn(images, tuple(seeds.tolist()), steps, masks, {name: getattr(times, name) for name, _ in Times._fields_})
+    warning = raw.hst_result_warning(result).decode()
+    return Drawn(
+        images, tuple(seeds.tolist()), steps, masks, {name: getattr(times, name) for name, _ in Times._fields_}, warning
+    )
