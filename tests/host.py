@@ -177,11 +177,17 @@ class HostBundle:
 
 class HostPipeline:
     def __init__(
-        self, bundle: HostBundle, *, threads: int = 1, low_memory: bool = False, onnxruntime: Path | None = None
+        self,
+        bundle: HostBundle,
+        *,
+        threads: int = 1,
+        device: int = 0,
+        low_memory: bool = False,
+        onnxruntime: Path | None = None,
     ) -> None:
         self.library, self.handle, params = bundle.library, c.c_void_p(), Params()
         self.library.call("hst_pipeline_params_init", c.byref(params), c.c_uint32(c.sizeof(params)), c.c_uint32(API_VERSION))
-        params.threads, params.low_memory = threads, low_memory
+        params.threads, params.device, params.low_memory = threads, device, low_memory
         params.onnxruntime = str(onnxruntime or onnxruntime_library()).encode()
         self.library.call("hst_pipeline_create", bundle.handle, c.byref(params), c.byref(self.handle))
 

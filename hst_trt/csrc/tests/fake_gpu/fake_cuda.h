@@ -18,7 +18,7 @@ FAKE_API bool fake_capturing();
 FAKE_API void fake_check(uintptr_t address, size_t size);
 
 extern "C" {
-// Counters and settings by name. `live.X`: how many X there are. Settings: memory, sm, gpus, driver, captures, fail_at.
+// Counters and settings by name. `live.X`: how many X there are; used: bytes. Settings: memory, sm, gpus, driver, captures, fail_at.
 FAKE_API long fake_get(const char *name);
 FAKE_API void fake_set(const char *name, long value);
 FAKE_API void fake_add(const char *name, long more);
