@@ -549,4 +549,4 @@ def test_the_backend_compiles_with_tensorrts_own_headers(tmp_path: Path) -> None
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "TensorRT backend" in (tmp_path / "CMakeCache.txt").read_text() or (tmp_path / "libhst_trt.so").is_file()
+    assert list(tmp_path.glob("**/tensorrt_backend.cpp.o"))

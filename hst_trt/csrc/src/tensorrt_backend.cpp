@@ -34,8 +34,8 @@ constexpr const char *kBackend = "tensorrt", *kProduct = "TensorRT", *kLibrary =
 constexpr const char *kRowMove =
 #include "row_move.inc"
     ;
-constexpr int64_t kWarps = 8;   // of a block, a slot each: most slots stay where they are, and their warp is done at once
-constexpr int64_t kUnit = 16;   // bytes that a lane moves at a time
+constexpr int64_t kWarps = 8;  // of a block, a slot each: most slots stay where they are, and their warp is done at once
+constexpr int64_t kUnit = 16;  // bytes that a lane moves at a time
 
 struct Library {
   void *(*create_runtime)(void *logger, int32_t version);
@@ -159,6 +159,7 @@ class TensorRtBackend : public Backend {
 
   std::shared_ptr<Recorder> recorder() override {
     auto made = std::make_shared<GraphCache>([this](const std::function<void()> &body) { return device_.capture(body); }, graphs_);
+    recorders_.erase(std::remove_if(recorders_.begin(), recorders_.end(), [](const auto &one) { return one.expired(); }), recorders_.end());
     recorders_.push_back(made);
     return made;
   }
