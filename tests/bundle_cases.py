@@ -32,7 +32,8 @@ COSTS = {
 }  # fmt: skip
 SCHEDULE = {
     "stages": [2, 1, 1], "solver": "ab2", "shift": None, "ratio": 0.3, "correction": 0, "refresh": 0, "ras": False,
-    "distance": 0.5,
+    "latents": 0.5,
+    "features": 0.5,
 }  # fmt: skip
 CALIBRATION = {
     "height": 64, "width": 64, "guidance_scale": 3, "prompts": 4, "prompts_hash": "x", "baseline_steps": 28,
@@ -487,7 +488,7 @@ def _fields() -> Iterator[tuple[tuple[Any, ...], bool, tuple[Any, ...]]]:
     yield from of(place, (*NUMBER, -0.1, 1.1), "correction")
     yield from of(place, WHOLE, "refresh")
     yield from of(place, FLAG, "ras")
-    yield from of(place, (*NUMBER, -0.1), "distance")
+    yield from of(place, (*NUMBER, -0.1), "latents", "features")
 
 
 FIELDS = {".".join(map(str, place)): (place, required, wrong) for place, required, wrong in _fields()}

@@ -120,6 +120,7 @@ class Drawn:
     steps: list[Step]
     masks: dict[int, np.ndarray]
     times: dict[str, float]
+    warning: str
 
 
 class Library:
@@ -128,7 +129,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.raw = c.CDLL(str(path))
         self.raw.hst_error_message.restype = c.c_char_p
-        for name in ("hst_bundle_name", "hst_bundle_fingerprint"):
+        for name in ("hst_bundle_name", "hst_bundle_fingerprint", "hst_result_warning"):
             getattr(self.raw, name).restype = c.c_char_p
         for name in ("hst_result_rgb", "hst_result_mask", "hst_result_seeds"):
             getattr(self.raw, name).restype = c.c_void_p
@@ -190,11 +191,17 @@ class HostBundle:
 
 class HostPipeline:
     def __init__(
-        self, bundle: HostBundle, *, threads: int = 1, low_memory: bool = False, onnxruntime: Path | None = None
+        self,
+        bundle: HostBundle,
+        *,
+        threads: int = 1,
+        device: int = 0,
+        low_memory: bool = False,
+        onnxruntime: Path | None = None,
     ) -> None:
         self.library, self.handle, params = bundle.library, c.c_void_p(), Params()
         self.library.call("hst_pipeline_params_init", c.byref(params), c.c_uint32(c.sizeof(params)), c.c_uint32(API_VERSION))
-        params.threads, params.low_memory = threads, low_memory
+        params.threads, params.device, params.low_memory = threads, device, low_memory
         params.onnxruntime = str(onnxruntime or onnxruntime_library()).encode()
         self.library.call("hst_pipeline_create", bundle.handle, c.byref(params), c.byref(self.handle))
 
@@ -234,4 +241,7 @@ def drawn(library: Library, result: c.c_void_p) -> Drawn:
     images = np.stack([array(raw.hst_result_rgb(result, c.c_size_t(i)), shape) for i in range(count)])
     seeds = np.frombuffer(c.string_at(raw.hst_result_seeds(result), 8 * raw.hst_result_seed_count(result)), np.uint64)
     times = raw.hst_result_times(result)
-    return Drawn(images, tuple(seeds.tolist()), steps, masks, {name: getattr(times, name) for name, _ in Times._fields_})
+    warning = raw.hst_result_warning(result).decode()
+    return Drawn(
+        images, tuple(seeds.tolist()), steps, masks, {name: getattr(times, name) for name, _ in Times._fields_}, warning
+    )

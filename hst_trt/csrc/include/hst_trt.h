@@ -170,7 +170,9 @@ HST_API hst_error *hst_pipeline_params_init(hst_pipeline_params *params, uint32_
 
 /* Makes a pipeline; graphs are loaded when they are first used. `params` may be NULL. *pipeline is the caller's, to be freed with
  * hst_pipeline_free. The first one in a process opens ONNX Runtime, which stays open, with its telemetry off (it sets
- * ORT_DISABLE_TELEMETRY unless the environment has it). Fails with HST_MISSING or HST_INCOMPATIBLE if that cannot be. */
+ * ORT_DISABLE_TELEMETRY unless the environment has it). For a bundle of engines it opens the NVIDIA driver's library and TensorRT's
+ * instead: the one that the environment's HST_TENSORRT names, else libnvinfer or libtensorrt_rtx where the system looks.
+ * Fails with HST_MISSING or HST_INCOMPATIBLE if that cannot be. */
 HST_API hst_error *hst_pipeline_create(const hst_bundle *bundle, const hst_pipeline_params *params, hst_pipeline **pipeline);
 
 /* Frees a pipeline; NULL is fine. Its results stay. */
@@ -202,6 +204,10 @@ HST_API hst_error *hst_result_step(const hst_result *result, size_t step, hst_st
 /* The mask of a step, [images, height, width] tokens, 1 where the large model worked; *height and *width, if not NULL, get its size.
  * Lives as long as the result; NULL for a step without a mask, or where masks were not kept. */
 HST_API const uint8_t *hst_result_mask(const hst_result *result, size_t step, int32_t *height, int32_t *width);
+
+/* What makes this pipeline's runs slower than they have to be, "" for nothing: on a GPU, that calls are enqueued one by one because
+ * a CUDA graph could not be captured. Lives as long as the result. */
+HST_API const char *hst_result_warning(const hst_result *result);
 
 /* Seconds that the parts of the run took. */
 typedef struct hst_times {

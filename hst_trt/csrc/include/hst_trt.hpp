@@ -105,6 +105,7 @@ class Result {
   int32_t width() const { return hst_result_width(get()); }
   const uint8_t *rgb(std::size_t image) const { return hst_result_rgb(get(), image); }
   hst_times times() const { return hst_result_times(get()); }
+  std::string warning() const { return hst_result_warning(get()); }
   std::vector<uint64_t> seeds() const {
     const uint64_t *first = hst_result_seeds(get());
     return {first, first + hst_result_seed_count(get())};

@@ -77,6 +77,7 @@ int run(int count, char **arguments) {
   const hst::Result result = pipeline(request);
   write_png(arguments[3], result.rgb(0), result.width(), result.height());
 
+  if (!result.warning().empty()) std::cerr << "warning: " << result.warning() << "\n";
   const hst_times times = result.times();
   std::cerr << "text " << times.text << " s, denoise " << times.denoise << " s, decode " << times.vae << " s\n";
   std::cout << arguments[3] << "\n";

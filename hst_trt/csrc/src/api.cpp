@@ -13,6 +13,7 @@
 #include "error.h"
 #include "ort_backend.h"
 #include "pipeline.h"
+#include "tensorrt_backend.h"
 #include "unicode.h"
 
 struct hst_error {
@@ -292,12 +293,14 @@ hst_error *hst_pipeline_create(const hst_bundle *bundle, const hst_pipeline_para
     if (ours.threads < 0) throw Error(HST_REQUEST, "threads " + std::to_string(ours.threads) + " is negative", "", "0 is one for each core");
     const hst_trt::Bundle &opened = bundle->opened->bundle;
     const std::string &backend = opened.manifest.target.backend;
-    if (backend != "onnxruntime") {
-      throw Error(HST_MISSING, "this library was built without the backend of the bundle", backend, "use a bundle for a CPU: `hst-trt build --gpu cpu`");
+    std::unique_ptr<hst_trt::Backend> runtime;
+    if (backend == "onnxruntime") {
+      std::map<std::string, std::filesystem::path> graphs;
+      for (const auto &graph : opened.manifest.graphs) graphs[graph.first] = opened.file(graph.second.path);
+      runtime = hst_trt::open_ort_backend(std::move(graphs), ours.threads, ours.onnxruntime ? ours.onnxruntime : "");
+    } else {
+      runtime = hst_trt::open_tensorrt_backend(opened, ours.device);
     }
-    std::map<std::string, std::filesystem::path> graphs;
-    for (const auto &graph : opened.manifest.graphs) graphs[graph.first] = opened.file(graph.second.path);
-    auto runtime = hst_trt::open_ort_backend(std::move(graphs), ours.threads, ours.onnxruntime ? ours.onnxruntime : "");
     std::unique_ptr<hst_pipeline> owner(new hst_pipeline{{bundle->opened, std::move(runtime), ours.low_memory != 0}});
     handles().add(owner.get(), Handles::kPipeline);
     *pipeline = owner.release();
@@ -383,6 +386,11 @@ const uint8_t *hst_result_mask(const hst_result *result, size_t step, int32_t *h
   if (width) *width = held ? static_cast<int32_t>(held->w) : 0;
   if (!held || step >= held->records.size() || held->records[step].mask.empty()) return nullptr;
   return held->records[step].mask.data();
+}
+
+const char *hst_result_warning(const hst_result *result) {
+  const auto *held = result_of(result);
+  return held ? held->warning.c_str() : "";
 }
 
 hst_times hst_result_times(const hst_result *result) {

@@ -1,6 +1,7 @@
 // What a backend must offer: buffers, and engines that run on them: hst_trt/runtime/engine.py. The loop knows nothing else of one.
 //
-// A call is prepared once for fixed buffers, which fixes every shape and address, and then executed any number of times.
+// A call is prepared once for fixed buffers, which fixes every shape and address, and then executed any number of times. Where a
+// backend can record what it enqueues, it has a recorder.
 #pragma once
 
 #include <cstddef>
@@ -74,12 +75,31 @@ class Engine {
   virtual std::unique_ptr<PreparedCall> prepare(const Bindings &bindings) = 0;
 };
 
+// A point in time: when everything that was executed before is done.
+class Mark {
+ public:
+  virtual ~Mark() = default;
+};
+using MarkPtr = std::shared_ptr<Mark>;
+
+// Runs bodies of calls, and replays what it recorded of them. It keeps what it recorded only as long as it lives.
+class Recorder {
+ public:
+  virtual ~Recorder() = default;
+  // Does what `body` does. `key` must hold everything that decides which calls `body` makes on which buffers: a body that was recorded
+  // under an equal key is replayed, and not called.
+  virtual void run(const std::string &key, const std::function<void()> &body) = 0;
+};
+
 // Not for use by two threads at once. Its functions throw Error.
 class Backend {
  public:
   virtual ~Backend() = default;
   virtual Engine &engine(const std::string &name) = 0;   // loaded on first use and kept
-  virtual void release(const std::string &name) = 0;     // calls prepared from it must be gone
+  virtual void release(const std::string &name) = 0;     // calls prepared from it, and recordings with them, must be gone
+  virtual std::shared_ptr<Recorder> recorder() = 0;      // a new one; null where calls cannot be recorded
+  // What makes runs slower than they have to be, for the user to know; empty for nothing.
+  virtual std::string warning() const = 0;
   virtual BufferPtr empty(const Shape &shape, DType dtype) = 0;
   // The first elements of a buffer under another shape, sharing its memory.
   virtual BufferPtr view(const BufferPtr &buffer, const Shape &shape) = 0;
@@ -90,6 +110,8 @@ class Backend {
   // The one-way row move of a mask change, in place (engines/README.md). caches: [R, heads, rows, head_dim]; partner: [B, N];
   // slots below `first` stay as they are; text_rows: for each cache, how many rows stand before slot 0.
   virtual void move_rows(const std::vector<BufferPtr> &caches, const Buffer &partner, int64_t first, const std::vector<int64_t> &text_rows) = 0;
+  virtual MarkPtr mark() = 0;
+  virtual double elapsed(const Mark &start, const Mark &end) = 0;  // seconds; waits until `end` is reached
 };
 
 }  // namespace hst_trt

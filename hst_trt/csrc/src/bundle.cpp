@@ -105,7 +105,7 @@ void check_references(const fs::path &folder, const Manifest &manifest) {
     named.insert(graph.second.path);
     named.insert(graph.second.weights.begin(), graph.second.weights.end());
   }
-  for (const auto &engine : manifest.engines) named.insert(engine.second);
+  for (const auto &engine : manifest.engines) named.insert(engine.second.path);
   for (const std::string &name : named) {
     if (manifest.files.count(name) == 0) {
       throw Error(HST_INTEGRITY, folder.string() + " uses files that its manifest does not list", name, kBuildAgain);
@@ -175,7 +175,7 @@ void check_runs_here(const fs::path &folder, const Manifest &manifest) {
 std::map<std::string, FileEntry> read_by_path(const Manifest &manifest) {
   std::map<std::string, FileEntry> files = manifest.files;
   if (manifest.target.backend == "onnxruntime") return files;
-  for (const auto &engine : manifest.engines) files.erase(engine.second);
+  for (const auto &engine : manifest.engines) files.erase(engine.second.path);
   for (const auto &graph : manifest.graphs) {
     files.erase(graph.second.path);
     for (const std::string &weights : graph.second.weights) files.erase(weights);

@@ -1,6 +1,6 @@
 #include "denoise.h"
 
-#include <chrono>
+#include <utility>
 
 namespace hst_trt {
 namespace {
@@ -29,10 +29,11 @@ std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks,
   const int64_t n = plan.request.num_tokens;
   const bool looks_back = plan.looks_back();
   std::vector<StepRecord> records;
+  std::vector<std::pair<MarkPtr, MarkPtr>> spans;
   std::vector<float> changes;
   int64_t drawn = 0;  // tokens in the mask that the last redraw left
   for (size_t t = 0; t < plan.steps.size(); ++t) {
-    const auto start = std::chrono::steady_clock::now();
+    const MarkPtr start = ws.mark();
     ws.advance();
     Step step = plan.steps[t];
     const int64_t tokens = step.large_tokens == kByThreshold ? drawn : step.large_tokens;
@@ -67,9 +68,12 @@ std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks,
     if (step.redraw) drawn = redraw(ws, plan, plan.steps[t + 1], tokens);
     ws.integrate();
     if (looks_back) ws.remember();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    records.push_back({step, tokens, seconds.count(), std::move(mask)});
+    spans.emplace_back(start, ws.mark());
+    records.push_back({step, tokens, 0, std::move(mask)});
     if (!on_step_end(static_cast<int64_t>(t) + 1)) break;
+  }
+  for (size_t t = records.size(); t-- > 0;) {  // the last one first: whoever waits for it waits once
+    records[t].seconds = ws.elapsed(*spans[t].first, *spans[t].second);
   }
   return records;
 }

@@ -87,50 +87,57 @@ std::vector<std::string> texts_of(const json::Value &value, const std::string &f
   return texts;
 }
 
-void check_tensors(const json::Value &value, const std::string &field) {
+std::vector<TensorEntry> read_tensors(const json::Value &value, const std::string &field) {
+  std::vector<TensorEntry> tensors;
   for (const json::Value &item : array_of(value, field)) {
-    Fields tensor(item, field);
-    tensor.text("name");
-    tensor.text("dtype");
-    for (const json::Value &axis : array_of(tensor.get("shape"), tensor.path("shape"))) {
-      if (!axis.whole() && !axis.text()) fail(tensor.path("shape"), "neither a number nor a name");
+    Fields fields(item, field);
+    TensorEntry tensor{fields.text("name"), fields.text("dtype"), {}};
+    for (const json::Value &axis : array_of(fields.get("shape"), fields.path("shape"))) {
+      if (!axis.whole() && !axis.text()) fail(fields.path("shape"), "neither a number nor a name");
+      tensor.shape.push_back(axis.whole() ? Axis{"", *axis.whole()} : Axis{*axis.text(), -1});
     }
-    tensor.done();
+    fields.done();
+    tensors.push_back(std::move(tensor));
   }
+  return tensors;
 }
 
 GraphEntry read_graph(const json::Value &value, const std::string &path) {
   Fields fields(value, path);
-  GraphEntry graph{fields.text("path"), {}};
+  GraphEntry graph{fields.text("path"), {}, {}, {}};
   if (fields.has("weights")) graph.weights = texts_of(fields.get("weights"), fields.path("weights"));
-  check_tensors(fields.get("inputs"), fields.path("inputs"));
-  check_tensors(fields.get("outputs"), fields.path("outputs"));
+  graph.inputs = read_tensors(fields.get("inputs"), fields.path("inputs"));
+  graph.outputs = read_tensors(fields.get("outputs"), fields.path("outputs"));
   if (fields.has("worst_error") && !fields.get("worst_error").is_null()) fields.number("worst_error", -kInfinity);
   fields.done();
   return graph;
 }
 
-std::string read_engine(const json::Value &value, const std::string &path) {
+EngineEntry read_engine(const json::Value &value, const std::string &path) {
   Fields fields(value, path);
+  EngineEntry engine;
   const json::Array &profiles = array_of(fields.get("profiles"), fields.path("profiles"));
   if (profiles.empty()) fail(fields.path("profiles"), "none");
   for (const json::Value &item : profiles) {
     Fields profile(item, fields.path("profiles"));
+    Profile ranges;
     for (const auto &axis : object_of(profile.get("axes"), profile.path("axes"))) {
       const json::Array &lengths = array_of(axis.second, profile.path("axes"));
       if (lengths.size() != 3) fail(profile.path("axes"), "not three lengths");
       for (const json::Value &length : lengths) whole_of(length, profile.path("axes"));
+      ranges[axis.first] = {*lengths[0].whole(), *lengths[2].whole()};
     }
     profile.done();
+    engine.profiles.push_back(std::move(ranges));
   }
   if (fields.has("activation_bytes") && !fields.get("activation_bytes").is_null()) {
     whole_of(fields.get("activation_bytes"), fields.path("activation_bytes"));
   }
   one_of(fields.get("read_back"), fields.path("read_back"), {"network", "engine"});
   fields.number("seconds", 0);
-  std::string file = fields.text("path");
+  engine.path = fields.text("path");
   fields.done();
-  return file;
+  return engine;
 }
 
 void check_costs(const json::Value &value, const std::string &path) {
@@ -168,7 +175,7 @@ void check_calibration(const json::Value &value, const std::string &path) {
     if (schedule.number("correction", 0) > 1) fail(schedule.path("correction"), "above 1");
     schedule.whole("refresh", 0);
     if (!schedule.get("ras").boolean()) fail(schedule.path("ras"), "neither true nor false");
-    schedule.number("distance", 0);
+    for (const char *key : {"latents", "features"}) schedule.number(key, 0);
     schedule.done();
   }
   fields.done();
@@ -177,11 +184,10 @@ void check_calibration(const json::Value &value, const std::string &path) {
 TargetEntry read_target(const json::Value &value) {
   Fields fields(value, "target");
   TargetEntry target{fields.text("name"), one_of(fields.get("backend"), "target.backend", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
-                     fields.text("os"), fields.text("arch")};
-  fields.text("backend_version");
+                     fields.text("os"), fields.text("arch"), fields.text("backend_version"), {}};
   one_of(fields.get("precision"), "target.precision", {"float32", "float16", "bfloat16"});
   if (fields.has("sms")) {
-    for (const json::Value &sm : array_of(fields.get("sms"), "target.sms")) whole_of(sm, "target.sms");
+    for (const json::Value &sm : array_of(fields.get("sms"), "target.sms")) target.sms.push_back(whole_of(sm, "target.sms"));
   }
   fields.done();
   return target;

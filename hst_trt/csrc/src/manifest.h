@@ -17,9 +17,30 @@ struct FileEntry {
   int64_t bytes;
 };
 
+struct Axis {
+  std::string name;  // empty where the length is fixed
+  int64_t length;
+};
+
+struct TensorEntry {
+  std::string name, dtype;
+  std::vector<Axis> shape;
+};
+
 struct GraphEntry {
   std::string path;
   std::vector<std::string> weights;
+  std::vector<TensorEntry> inputs, outputs;
+};
+
+struct Range {
+  int64_t least, most;
+};
+using Profile = std::map<std::string, Range>;  // by the name of the axis
+
+struct EngineEntry {
+  std::string path;
+  std::vector<Profile> profiles;
 };
 
 struct TokenizerEntry {
@@ -28,7 +49,8 @@ struct TokenizerEntry {
 };
 
 struct TargetEntry {
-  std::string name, backend, os, arch;
+  std::string name, backend, os, arch, backend_version;
+  std::vector<int64_t> sms;  // compute capabilities, 90 for 9.0
 };
 
 struct Manifest {
@@ -38,7 +60,7 @@ struct Manifest {
   int64_t vae_scale, t5_length;
   std::vector<TokenizerEntry> tokenizers;
   std::map<std::string, GraphEntry> graphs;
-  std::map<std::string, std::string> engines;  // paths
+  std::map<std::string, EngineEntry> engines;
   struct {
     int64_t num_inference_steps, height, width;
     double guidance_scale;

@@ -4,6 +4,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -210,6 +211,11 @@ class OrtEngine : public Engine {
   std::map<std::string, TensorInfo> inputs_, outputs_;
 };
 
+// Calls are done when they return, so the time is now.
+struct Now : Mark {
+  const std::chrono::steady_clock::time_point time = std::chrono::steady_clock::now();
+};
+
 class OrtBackend : public Backend {
  public:
   OrtBackend(const Runtime &runtime, std::map<std::string, std::filesystem::path> graphs, int threads)
@@ -222,6 +228,8 @@ class OrtBackend : public Backend {
   }
 
   void release(const std::string &name) override { engines_.erase(name); }
+  std::shared_ptr<Recorder> recorder() override { return nullptr; }
+  std::string warning() const override { return ""; }
 
   BufferPtr empty(const Shape &shape, DType dtype) override {
     constexpr size_t kAlignment = 64;
@@ -267,6 +275,11 @@ class OrtBackend : public Backend {
         }
       }
     }
+  }
+
+  MarkPtr mark() override { return std::make_shared<Now>(); }
+  double elapsed(const Mark &start, const Mark &end) override {
+    return std::chrono::duration<double>(static_cast<const Now &>(end).time - static_cast<const Now &>(start).time).count();
   }
 
  private:

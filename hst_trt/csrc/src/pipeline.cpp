@@ -172,10 +172,10 @@ Result Pipeline::generate(const Request &request) {
 
 Result Pipeline::draw(const Request &request, const StitchPlan &plan, const RequestShape &shape, double scale) {
   const PairSpec &spec = opened_->bundle.spec;
-  Result result{shape.images, shape.h * spec.token_side(), shape.w * spec.token_side(), shape.h, shape.w, {}, {}, {}, 0, 0, 0};
+  Result result{shape.images, shape.h * spec.token_side(), shape.w * spec.token_side(), shape.h, shape.w, {}, {}, {}, 0, 0, 0, ""};
   const std::vector<float> noise = patchify(start_latents(request, spec, shape, result.seeds).data(), spec, shape.images, shape.h, shape.w);
 
-  Stopwatch watch;
+  const MarkPtr start = backend_->mark();
   std::vector<std::string> different;
   std::vector<int64_t> index;
   for (const std::string &text : row_texts(request, shape.guided)) {
@@ -193,7 +193,7 @@ Result Pipeline::draw(const Request &request, const StitchPlan &plan, const Requ
     ids.push_back(std::move(all));
   }
   const TextFeatures text = encoder(static_cast<int64_t>(different.size()), static_cast<int64_t>(index.size()))(ids, index);
-  result.text_seconds = watch.lap();
+  result.text_seconds = backend_->elapsed(*start, *backend_->mark());
   if (low_memory_) {
     encoder_.reset();
     for (const char *name : kTextEncoders) backend_->release(name);
@@ -205,13 +205,14 @@ Result Pipeline::draw(const Request &request, const StitchPlan &plan, const Requ
   const auto steps = static_cast<int64_t>(plan.steps.size());
   const StepTable table = opened_->bundle.scheduler.table(steps, plan.request.sampling);
   ws.begin(noise, text, table, scale, plan.mask.value_or(MaskRule{}), plan.correction);
-  watch.lap();
+  Stopwatch watch;
   result.records = denoise(ws, plan, request.keep_masks,
                            [&](int64_t done) { return !request.progress || request.progress(done, steps); });
   result.denoise_seconds = watch.lap();
   if (static_cast<int64_t>(result.records.size()) < steps) {
     throw Error(HST_CANCELLED, "the run was cancelled after " + std::to_string(result.records.size()) + " of " + std::to_string(steps) + " steps");
   }
+  result.warning = backend_->warning();
   if (!ws.is_finite()) {
     throw Error(HST_NUMERICS, "the denoised latents are not finite, so there is no picture to decode", "",
                 "lower the guidance scale, or run `hst-trt verify` on the bundle");

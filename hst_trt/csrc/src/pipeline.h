@@ -46,6 +46,7 @@ struct Result {
   std::vector<uint64_t> seeds;
   std::vector<StepRecord> records;
   double text_seconds, denoise_seconds, vae_seconds;
+  std::string warning;
 };
 
 // The plan of a request. Throws Error, HST_REQUEST.
