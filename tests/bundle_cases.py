@@ -488,7 +488,8 @@ def _fields() -> Iterator[tuple[tuple[Any, ...], bool, tuple[Any, ...]]]:
     yield from of(place, (*NUMBER, -0.1, 1.1), "correction")
     yield from of(place, WHOLE, "refresh")
     yield from of(place, FLAG, "ras")
-    yield from of(place, (*NUMBER, -0.1), "latents", "features")
+    yield from of(place, (*NUMBER, -0.1), "latents")
+    yield from of(place, (*NUMBER, -0.1), "features")
 
 
 FIELDS = {".".join(map(str, place)): (place, required, wrong) for place, required, wrong in _fields()}

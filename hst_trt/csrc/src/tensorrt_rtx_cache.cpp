@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <iterator>
 
 #include "bundle.h"
 
@@ -37,11 +38,9 @@ void RtxCache::configure(nvinfer1::IRuntimeConfig &config) {
   if (!cache_) {
     cache_.reset(config.createRuntimeCache());
     if (!cache_) return;
-    try {
-      const std::string content = read_file(path_);
-      cache_->deserialize(content.data(), content.size());
-    } catch (const std::exception &) {  // there is none yet
-    }
+    std::ifstream file(path_, std::ios::binary);
+    const std::string content(std::istreambuf_iterator<char>(file), {});
+    if (!content.empty()) cache_->deserialize(content.data(), content.size());
   }
   config.setRuntimeCache(*cache_);
 }
