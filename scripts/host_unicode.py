@@ -1,7 +1,7 @@
 """Writes the C++ host's Unicode tables, asked of the `tokenizers` library itself, so that both know the same characters.
 
-The library takes its tables from several places (normal forms, case, the regex engines' classes, clusters), each of its own version,
-and none of them need be Python's.
+The library takes its tables from several places (normal forms, case, the regex engines' classes, clusters), each of its own
+version, and none of them need be Python's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ POINTS = [point for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 
 HANGUL = range(0xAC00, 0xAC00 + 11172)  # composed by rule, not by table
 FLAGS = range(0x1F1E6, 0x1F1E6 + 26)
 JOINER = 0x200D
-ROLES = "Other Control Extend Conjoining Linker SpacingMark Prepend Lead Vowel Tail Picture Consonant".split()
 
 
 def main() -> None:
@@ -92,7 +91,11 @@ def combining_classes() -> dict[int, int]:
         if value := unicodedata.combining(chr(point)):
             samples.setdefault(value, chr(point))
     return {
-        point: next(v for v, sample in samples.items() if chr(point) == sample or not swaps(chr(point), sample) and not swaps(sample, chr(point)))
+        point: next(
+            v
+            for v, sample in samples.items()
+            if chr(point) == sample or not (swaps(chr(point), sample) or swaps(sample, chr(point)))
+        )
         for point in marks
     }
 
@@ -133,8 +136,8 @@ def charsmap(rules: dict[str, str]) -> bytes:
 def parted(before: str, after: str) -> Callable[[str], bool]:
     """Whether a text between the two is parted from `after`, whose last character has a rule.
 
-    Where a cluster has five bytes at most and starts with a text that has a rule, the library drops the rest of it: a mark behind
-    the last character is lost if, and only if, the cluster starts there.
+    Where a cluster has five bytes at most and starts with a text that has a rule, the library drops the rest of it: a mark
+    behind the last character is lost if, and only if, the cluster starts there.
     """
     last, mark = after[-1], "\u0301"
     normalizer = Precompiled(charsmap({last: "X"}))
@@ -165,7 +168,9 @@ def roles() -> Iterator[tuple[int, str]]:
             yield point, next((role for role in ("Linker", "Conjoining", "Extend") if not before[role](text)), "SpacingMark")
         elif control.normalize_str(text + "\u0301\u0301") == text + "X":
             yield point, "Control"
-        elif role := next((role for role in ("Prepend", "Lead", "Vowel", "Tail", "Picture", "Consonant") if not before[role](text)), ""):
+        elif role := next(
+            (role for role in ("Prepend", "Lead", "Vowel", "Tail", "Picture", "Consonant") if not before[role](text)), ""
+        ):
             yield point, role
 
 

@@ -1,7 +1,7 @@
 """Tokenizers in the shape of Stable Diffusion 3.5's, trained small: two of CLIP, one of T5 with sentencepiece's compiled rules.
 
-They are loaded from the files that the published pairs have, by the call that the exporter makes, so that each tokenizer.json has
-every part that a bundle's has. `variants` gives them the shapes that transformers 4 wrote.
+They are loaded from the files that the published pairs have, by the call that the exporter makes, so that each tokenizer.json
+has every part that a bundle's has. The variants are the shapes that transformers 4 wrote, and options beside them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,35 @@ from typing import Any
 File = dict[str, Any]  # a tokenizer.json
 
 SCRIPTS = (
-    "abcdefghijklmnopqrstuvwxyz", "aeiouéèüñçøåß", "αβγδεζηθικλμνξοπρσς", "абвгдежзийклмнопрст", "אבגדהוזחטיךכל", "ابتثجحخدذرزس",
-    "कखगघचछजझटठािीुूे्", "กขคงจฉชซาิีุู่้", "가각간나다라마바사", "あいうえおかきくけこ", "日月火水木金土山川", "0123456789", "!?.,:;'-()",
+    "abcdefghijklmnopqrstuvwxyz", "aeiouéèüñçøåß", "αβγδεζηθικλμνξοπρσς", "абвгдежзийклмнопрст", "אבגדהוזחטיךכל",
+    "ابتثجحخدذرزس", "कखगघचछजझटठािीुूे्", "กขคงจฉชซาิีุู่้", "가각간나다라마바사", "あいうえおかきくけこ", "日月火水木金土山川",
+    "0123456789", "!?.,:;'-()",
 )  # fmt: skip
-WORDS = "a photo of the red cat dog on blue sky painting don't we'll it's style aaaa eeee".split()
+WORDS = (
+    "a", "photo", "of", "the", "red", "cat", "dog", "on", "blue", "sky", "painting", "don't", "we'll", "it's", "style",
+    "aaaa", "eeee",
+)  # fmt: skip
 
 
 def corpus(lines: int, seed: int = 0) -> list[str]:
     """Made-up words of many scripts, frequent ones more often, among English ones."""
     chosen = random.Random(seed)
     words = ["".join(chosen.choices(chosen.choice(SCRIPTS), k=chosen.randint(1, 7))) for _ in range(400)]
-    return [" ".join(chosen.choice(WORDS) if chosen.random() < 0.5 else words[int(400 * chosen.random() ** 2)] for _ in range(12)) for _ in range(lines)]
+    return [
+        " ".join(chosen.choice(WORDS) if chosen.random() < 0.5 else words[int(400 * chosen.random() ** 2)] for _ in range(12))
+        for _ in range(lines)
+    ]
 
 
 def added(content: str, *, normalized: bool = False, strip: bool = False) -> File:
-    return {"content": content, "lstrip": strip, "normalized": normalized, "rstrip": strip, "single_word": False, "special": True}
+    return {
+        "content": content,
+        "lstrip": strip,
+        "normalized": normalized,
+        "rstrip": strip,
+        "single_word": False,
+        "special": True,
+    }
 
 
 def loaded(folder: Path) -> File:
@@ -116,11 +130,21 @@ def clip_variants(file: File) -> Iterable[tuple[str, File]]:
     def template(f: File) -> None:
         cls, sep = f["post_processor"]["cls"], f["post_processor"]["sep"]
         tokens = {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in (cls, sep)}
-        single = [{"SpecialToken": {"id": cls[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": sep[0], "type_id": 0}}]
+        single = [
+            {"SpecialToken": {"id": cls[0], "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": sep[0], "type_id": 0}},
+        ]
         f["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
 
     def concepts(f: File) -> None:
-        tokens = ("<concept>", {}), ("Σtyle", {"normalized": True}), ("cat", {"single_word": True}), ("  ", {"rstrip": True, "lstrip": True}), ("x", {"lstrip": True, "single_word": True})
+        tokens = (
+            ("<concept>", {}),
+            ("Σtyle", {"normalized": True}),
+            ("cat", {"single_word": True}),
+            ("  ", {"rstrip": True, "lstrip": True}),
+            ("x", {"lstrip": True, "single_word": True}),
+        )
         f["added_tokens"] += [{"id": 10_000 + i, **added(content), **flags} for i, (content, flags) in enumerate(tokens)]
 
     yield "the regex of transformers 4", changed(file, older_split)
@@ -146,8 +170,12 @@ def t5_variants(file: File) -> Iterable[tuple[str, File]]:
     legacy = sequence("normalizer", rules, STRIP, spaces("▁"))
     yield "transformers 4", variant(legacy, METASPACE)
     yield "transformers 4, not legacy", variant(legacy, metaspace(prepend_scheme="first", split=True))
-    yield "older transformers 4", variant(sequence("normalizer", rules, spaces(" ")), sequence("pre", split, metaspace(str_rep="▁", add_prefix_space=True)))
+    yield (
+        "older transformers 4",
+        variant(
+            sequence("normalizer", rules, spaces(" ")), sequence("pre", split, metaspace(str_rep="▁", add_prefix_space=True))
+        ),
+    )
     yield "no mark in front", variant(rules, metaspace(add_prefix_space=False, prepend_scheme="never", split=True))
     yield "unsplit", variant(legacy, metaspace(prepend_scheme="first", split=False))
-    yield "first of words", variant(rules, sequence("pre", split, metaspace(prepend_scheme="first", split=True)))
     yield "no rules", variant(None, sequence("pre", METASPACE))

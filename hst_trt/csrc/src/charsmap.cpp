@@ -1,5 +1,6 @@
 #include "charsmap.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "unicode.h"

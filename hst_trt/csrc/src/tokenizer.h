@@ -21,7 +21,7 @@ class TokenModel {
   virtual ~TokenModel() = default;
   // Appends the ids of a normalised piece of text that holds no added token. first: whether the text starts with it.
   virtual void encode(const std::string &piece, bool first, std::vector<int64_t> &ids) const = 0;
-  virtual int64_t id(const std::string &token) const = 0;  // -1 for none
+  virtual int64_t id(std::string_view token) const = 0;  // -1 for none
   virtual int64_t size() const = 0;
 };
 

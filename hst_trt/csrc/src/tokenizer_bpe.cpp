@@ -97,8 +97,8 @@ class Bpe : public TokenModel {
     }
   }
 
-  int64_t id(const std::string &token) const override {
-    const auto found = ids_.find(token);
+  int64_t id(std::string_view token) const override {
+    const auto found = ids_.find(std::string(token));
     return found == ids_.end() ? -1 : found->second;
   }
   int64_t size() const override { return static_cast<int64_t>(ids_.size()); }
@@ -193,7 +193,9 @@ std::unique_ptr<TokenModel> bpe_model(const json::Value &file) {
   const std::string &regex = text_of(split["pattern"]["Regex"]);
   const bool specials = regex == std::string(kSpecials) + kWords;
   if (!specials && regex != kWords) refuse_tokenizer("Split pre-tokenizer with a pattern", regex);
-  if (!is_text(split["behavior"], "Removed") || !flag_of(split, "invert")) refuse_tokenizer("Split pre-tokenizer with a behavior", text_of(split["behavior"]));
+  if (!is_text(split["behavior"], "Removed") || !flag_of(split, "invert")) {
+    refuse_tokenizer("Split pre-tokenizer with a behavior", text_of(split["behavior"]));
+  }
   if (flag_of(bytes, "add_prefix_space")) refuse_tokenizer("ByteLevel pre-tokenizer", "add_prefix_space");
   if (!bytes["use_regex"].is_null() && !flag_of(bytes, "use_regex")) refuse_tokenizer("ByteLevel pre-tokenizer", "no use_regex");
   return std::make_unique<Bpe>(model, specials);

@@ -4,7 +4,6 @@
 #include <charconv>
 #include <limits>
 #include <stdexcept>
-#include <unordered_map>
 
 #include "tokenizer.h"
 #include "unicode.h"
@@ -56,7 +55,6 @@ class Unigram : public TokenModel {
       const json::Array *entry = token.array();
       double score = 0;
       if (!entry || entry->size() != 2 || !(*entry)[0].text() || !(*entry)[1].number(score)) throw std::invalid_argument("a bad token");
-      ids_[*(*entry)[0].text()] = static_cast<int64_t>(scores_.size());  // of equal tokens the last one counts
       entries.emplace_back(*(*entry)[0].text(), static_cast<int64_t>(scores_.size()));
       scores_.push_back(as_the_library_reads(score));
       least = std::min(least, scores_.back());
@@ -80,9 +78,12 @@ class Unigram : public TokenModel {
     }
   }
 
-  int64_t id(const std::string &token) const override {
-    const auto found = ids_.find(token);
-    return found == ids_.end() ? -1 : found->second;
+  int64_t id(std::string_view token) const override {
+    int64_t known = -1;
+    tokens_.prefixes(token, [&](size_t bytes, int64_t number) {
+      if (bytes == token.size()) known = number;
+    });
+    return known;
   }
   int64_t size() const override { return static_cast<int64_t>(scores_.size()); }
 
@@ -129,7 +130,7 @@ class Unigram : public TokenModel {
       if (paths[end].unknown) {  // unknown characters in a row are one
         while (from > 0 && paths[from].unknown) from = paths[from].from;
       }
-      const int64_t known = id(std::string(word.substr(from, end - from)));
+      const int64_t known = id(word.substr(from, end - from));
       ids.push_back(known < 0 ? unknown_ : known);
       end = from;
     }
@@ -138,7 +139,6 @@ class Unigram : public TokenModel {
 
   Words words_;
   Trie tokens_;
-  std::unordered_map<std::string, int64_t> ids_;
   std::vector<double> scores_;
   int64_t unknown_ = 0;
   double unknown_score_ = 0;
@@ -169,7 +169,9 @@ std::unique_ptr<TokenModel> unigram_model(const json::Value &file) {
   if (text_of(metaspace["replacement"]) != kMark) refuse_tokenizer("Metaspace pre-tokenizer with a mark", text_of(metaspace["replacement"]));
   const bool at_marks = metaspace["split"].is_null() || flag_of(metaspace, "split");
   const Unigram::Prepend prepend = read_prepend(metaspace);
-  if (at_white_space && prepend == Unigram::Prepend::kFirst) refuse_tokenizer("WhitespaceSplit pre-tokenizer before a Metaspace with prepend_scheme", "first");
+  if (at_white_space && prepend == Unigram::Prepend::kFirst) {
+    refuse_tokenizer("WhitespaceSplit pre-tokenizer before a Metaspace with prepend_scheme", "first");
+  }
   return std::make_unique<Unigram>(model, Unigram::Words{at_white_space, at_marks, prepend});
 }
 

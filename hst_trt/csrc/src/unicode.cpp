@@ -23,9 +23,11 @@ struct CombiningClass {
   uint32_t point, value;
 };
 // What a character does in a cluster: the property Grapheme_Cluster_Break, Extended_Pictographic, and Indic_Conjunct_Break, which parts
-// Extend in three and has consonants. Hangul syllables and flags are known by rule; the numbers stand in scripts/host_unicode.py, too.
-enum class Role : uint32_t { kOther, kControl, kExtend, kConjoining, kLinker, kSpacingMark, kPrepend, kLead, kVowel, kTail, kPicture,
-                             kConsonant, kJoiner, kOpenSyllable, kClosedSyllable, kFlag };
+// Extend in three and has consonants. Hangul syllables, flags and the joiner are known by rule, the others from the table.
+enum class Role {
+  kOther, kControl, kExtend, kConjoining, kLinker, kSpacingMark, kPrepend, kLead, kVowel, kTail, kPicture, kConsonant, kJoiner,
+  kOpenSyllable, kClosedSyllable, kFlag
+};
 struct RoleRange {
   uint32_t first, last;
   Role role;
@@ -177,13 +179,13 @@ size_t cluster(std::u32string_view text) {
   for (size_t i = 1; i < text.size(); ++i) {
     const Role here = role(text[i]);
     const bool extends = here == Role::kExtend || here == Role::kConjoining || here == Role::kLinker || here == Role::kJoiner;
-    const bool vowel_or_tail = here == Role::kVowel || here == Role::kTail;
     if (last == Role::kControl || here == Role::kControl) return text[i - 1] == U'\r' && text[i] == U'\n' ? 2 : i;
-    const bool stays = extends || here == Role::kSpacingMark || last == Role::kPrepend ||
-                       (last == Role::kLead && (here == Role::kLead || here == Role::kVowel || here == Role::kOpenSyllable || here == Role::kClosedSyllable)) ||
-                       ((last == Role::kVowel || last == Role::kOpenSyllable) && vowel_or_tail) ||
+    const bool after_lead = here == Role::kLead || here == Role::kVowel || here == Role::kOpenSyllable || here == Role::kClosedSyllable;
+    const bool stays = extends || here == Role::kSpacingMark || last == Role::kPrepend || (last == Role::kLead && after_lead) ||
+                       ((last == Role::kVowel || last == Role::kOpenSyllable) && (here == Role::kVowel || here == Role::kTail)) ||
                        ((last == Role::kTail || last == Role::kClosedSyllable) && here == Role::kTail) ||
-                       (here == Role::kConsonant && consonant && linked) || (here == Role::kPicture && joined) || (here == Role::kFlag && odd_flag);
+                       (here == Role::kConsonant && consonant && linked) || (here == Role::kPicture && joined) ||
+                       (here == Role::kFlag && odd_flag);
     if (!stays) return i;
     joined = picture && here == Role::kJoiner;
     picture = here == Role::kPicture || (picture && extends && here != Role::kJoiner);

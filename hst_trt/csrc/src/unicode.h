@@ -1,4 +1,5 @@
-// UTF-8, character classes, clusters of characters, lower case and the normal form C, as the `tokenizers` library knows them (scripts/host_unicode.py).
+// UTF-8, character classes, clusters, lower case and the normal form C, as the `tokenizers` library knows them
+// (scripts/host_unicode.py).
 #pragma once
 
 #include <cstdint>
