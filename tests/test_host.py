@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
 from PIL import Image
-from tokenizers import Tokenizer
 
 from hst_trt.backends import open_bundle
 from hst_trt.errors import HstError
@@ -28,8 +27,6 @@ from hst_trt.schedule import FlowMatchEuler, Sampling
 SCHEDULES = ("hybrid", "large", "small", "t-stitch", "srdiffusion", "ras")
 STAGES = list(Stage)
 BY_THRESHOLD = -1
-WORDS = "a the red apple on blue background PENGUIN don't we'll it's 123 4K café naïve straße ΣΑΣ İstanbul 東京 🐧 ﬁn ①"
-ODD = "<|startoftext|> <|ENDOFTEXT|> <|endoftext|> <pad> </s> <unk> ! !! 's ''s 'LL \u2581 \u2581\u2581 \u017f \u212a"
 _MASK = {
     "mask_ratio": "ratio",
     "mask_threshold": "threshold",
@@ -252,49 +249,7 @@ def test_step_tables_have_pythons_bits(built: Path, steps: int) -> None:
         np.testing.assert_array_equal(found[: 2 * steps + 1], expected[: 2 * steps + 1])
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
-def texts(count: int, seed: int) -> list[str]:
-    """Words as people write them, characters of all of Unicode, and what tokenizers treat in a way of their own."""
-    chosen = random.Random(seed)
-    words, odd = WORDS.split(), ODD.split()
-    odd += ["\u0301", "e\u0301\u0323", "\u1100\u1161\u11a8", "\u200d", "\u200b", "\ufeff"]
-    odd += ["\xa0", "\u3000", "\x1c", "\x85", "\r\n", "\t", "\x7f"]
-    ranges = [
-        (1, 127),
-        (1, 0x24F),
-        (0x300, 0x370),
-        (0x370, 0x1FFF),
-        (0x2000, 0x2FFF),
-        (0x3000, 0xD7FF),
-        (0xE000, 0xFFFF),
-        (0x10000, 0x10FFFF),
-    ]
-
-    def part() -> str:
-        kind = chosen.random()
-        if kind < 0.5:
-            return chosen.choice(words)
-        if kind < 0.7:
-            return chosen.choice(odd)
-        first, last = chosen.choice(ranges)
-        return "".join(chr(chosen.randint(first, last)) for _ in range(chosen.randint(1, 8)))
-
-    return [chosen.choice(["", " ", "  "]).join(part() for _ in range(chosen.randint(0, 6))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_tokens_are_those_of_the_tokenizers_library(library: Library, demo_bundle: Path, index: int) -> None:
-    manifest, host = open_bundle(demo_bundle).manifest, HostBundle(library, demo_bundle)
-    entry = manifest.tokenizers[index]
-    tokenizer = Tokenizer.from_file(str(demo_bundle / entry.path))
-    many = texts(10_000, seed=index)
-    whole = [len(encoding.ids) for encoding in tokenizer.encode_batch(many)]
-    tokenizer.enable_truncation(entry.length)
-    tokenizer.enable_padding(length=entry.length, pad_id=entry.pad_id, pad_token=tokenizer.id_to_token(entry.pad_id))
-    for text, encoding, needed in zip(many, tokenizer.encode_batch(many), whole, strict=True):
-        assert host.tokenize(index, text) == (encoding.ids, needed), ascii(text)
-
-
+# -- text that is none -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("data", [b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\x80"])
 def test_bytes_that_are_no_text_are_refused(library: Library, tiny_bundle: Path, tiny_pipelines: Any, data: bytes) -> None:
     with pytest.raises(HostError, match="valid Unicode") as tokenized:
