@@ -9,8 +9,11 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "machine.h"
 
 namespace hst_trt {
 
@@ -78,6 +81,7 @@ class Engine {
 class Backend {
  public:
   virtual ~Backend() = default;
+  virtual std::optional<Machine> machine() const { return std::nullopt; }  // what computes, if that is known
   virtual Engine &engine(const std::string &name) = 0;   // loaded on first use and kept
   virtual void release(const std::string &name) = 0;     // calls prepared from it must be gone
   virtual BufferPtr empty(const Shape &shape, DType dtype) = 0;

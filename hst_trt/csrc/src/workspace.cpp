@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 
 namespace hst_trt {
@@ -47,7 +48,8 @@ Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape 
 
 void Workspace::begin(const std::vector<float> &latents, const TextFeatures &text, const StepTable &table, double guidance_scale,
                       const MaskRule &mask, double correction) {
-  backend_.write(buffer("latents"), latents.data());
+  seconds_.clear();
+  set_latents(latents);
   std::vector<float> timesteps = table.timesteps;
   timesteps.resize(kMaxSteps);
   backend_.write(buffer("timesteps"), timesteps.data());
@@ -157,6 +159,8 @@ std::vector<float> Workspace::latents() {
   return values;
 }
 
+void Workspace::set_latents(const std::vector<float> &tokens) { backend_.write(buffer("latents"), tokens.data()); }
+
 bool Workspace::is_finite() {
   call("finite", {{"latents", "latents"}, {"finite", "finite"}});
   int32_t value = 0;
@@ -173,6 +177,20 @@ std::vector<uint8_t> Workspace::active_mask(int64_t tokens) {
     mask[static_cast<size_t>(i / tokens * n + active[static_cast<size_t>(i)])] = 1;
   }
   return mask;
+}
+
+void Workspace::impose(const std::vector<uint8_t> &mask) {
+  const auto n = static_cast<size_t>(shape.tokens());
+  std::vector<int64_t> ranks(mask.size());
+  for (size_t image = 0; image < mask.size(); image += n) {
+    int64_t rank = 0;
+    for (const bool inside : {true, false}) {
+      for (size_t token = image; token < image + n; ++token) {
+        if ((mask[token] != 0) == inside) ranks[token] = rank++;
+      }
+    }
+  }
+  backend_.write(buffer("ranks"), ranks.data());
 }
 
 void Workspace::write_number(const char *name, double value) {
@@ -196,7 +214,10 @@ void Workspace::call(const std::string &graph, const Slots &slots) {
     }
     call = backend_.engine(graph).prepare(bindings);
   }
+  const auto start = std::chrono::steady_clock::now();
   call->execute();
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  seconds_[graph] += seconds.count();
 }
 
 // One guided transformer call on all tokens or on the active ones. A full call takes the latents themselves, once for each half of

@@ -58,8 +58,14 @@ class Workspace {
   void remember();                    // velocity and sketch become the last ones
 
   std::vector<float> latents();  // as tokens [images, N, C]
+  void set_latents(const std::vector<float> &tokens);
   bool is_finite();
   std::vector<uint8_t> active_mask(int64_t tokens);  // [images, h, w], 1 inside
+  // Makes the next `select` choose the tokens of `mask` [images, h w], 1 inside, whatever their scores.
+  void impose(const std::vector<uint8_t> &mask);
+
+  // Time inside each engine since `begin`, by name.
+  const std::map<std::string, double> &seconds() const { return seconds_; }
 
  private:
   struct Binding {  // a buffer, or the first elements of one under another shape
@@ -84,6 +90,7 @@ class Workspace {
   std::map<std::string, BufferPtr> buffers_;
   std::map<std::string, std::unique_ptr<PreparedCall>> prepared_;
   std::vector<std::string> caches_;
+  std::map<std::string, double> seconds_;
 };
 
 }  // namespace hst_trt
