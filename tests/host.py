@@ -107,7 +107,7 @@ class Event(c.Structure):
 
     _fields_ = [
         ("struct_size", c.c_uint32), ("step", c.c_int32), ("steps", c.c_int32), ("timestep", c.c_double), ("done", RawStep),
-        ("loop", c.c_void_p),
+        ("loop", c.c_void_p), ("latent_count", c.c_size_t),
     ]  # fmt: skip
 
 
@@ -316,7 +316,8 @@ def drawn(library: Library, result: c.c_void_p) -> Drawn:
     library.call("hst_result_stats", result, c.byref(stats), c.c_uint32(c.sizeof(stats)))
     for i in range(raw.hst_result_engines(result)):
         seconds = c.c_double()
-        engines[raw.hst_result_engine(result, c.c_size_t(i), c.byref(seconds)).decode()] = seconds.value
+        name = raw.hst_result_engine(result, c.c_size_t(i), c.byref(seconds)).decode()
+        engines[name] = seconds.value
     return Drawn(
         images,
         latents,

@@ -131,6 +131,7 @@ typedef struct hst_step_event {
   double timestep;      /* that the models were fed, about 1000 to 0 */
   hst_step done;        /* what the step did */
   hst_loop *loop;       /* for the two functions below, until the callback returns */
+  size_t latent_count;  /* how many latents there are, of all images */
 } hst_step_event;
 
 /* Called after each step, on the thread that generates; must not use the pipeline that called it. 0 goes on; HST_STOP ends the loop here

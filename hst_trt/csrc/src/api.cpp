@@ -237,7 +237,7 @@ hst_trt::Next call_back(const hst_request &raw, const hst_trt::LoopView &view) {
     ~Registered() { handles<hst_loop>().remove(loop); }
   } const registered{handles<hst_loop>().add(std::make_shared<hst_loop>(hst_loop{view}))};
   const hst_step done = step_of(view.record.step, view.record.tokens, view.record.seconds);
-  const hst_step_event event{sizeof event, step, steps, view.timestep, done, registered.loop};
+  const hst_step_event event{sizeof event, step, steps, view.timestep, done, registered.loop, view.latent_count};
   return answer(raw.on_step_end(raw.on_step_end_context, &event));
 }
 
