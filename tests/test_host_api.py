@@ -6,6 +6,7 @@ import ctypes as c
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from host import (
     LATENTS,
     RGB,
     ROOT,
+    SOURCES,
     STOP,
     HostBundle,
     HostError,
@@ -770,3 +772,61 @@ def test_the_host_in_cpp_is_built_on_the_installed_library_and_draws(
         [folder / "cpp_host", tmp_path / "no.hstb", "a"], capture_output=True, check=False, env=environment()
     )
     assert missing.returncode == 4
+
+
+# -- the page on embedding ---------------------------------------------------------------------------------------------
+def blocks(language: str) -> list[str]:
+    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.S | re.M)
+
+
+@pytest.fixture
+def checkout(built: Path, demo_bundle: Path, tmp_path: Path) -> Path:
+    """A folder like a checkout after `make demo` and `make host`, in which the page's commands may leave what they like."""
+    for name in (".venv", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "demo-cpu.hstb").symlink_to(demo_bundle)
+    (tmp_path / "build" / "out").mkdir(parents=True)
+    (tmp_path / "build" / "out" / "host").symlink_to(built)
+    return tmp_path
+
+
+def test_every_command_of_the_page_runs(checkout: Path) -> None:
+    lines = [line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines()]
+    assert "make host" in lines
+    script = "\n".join(line for line in lines if not line.startswith("make "))
+    done = subprocess.run(["bash", "-euxc", script], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"apple.ppm", "apple.png", "cpp_host", "0.png"} <= {file.name for file in checkout.iterdir()}
+
+
+def test_every_piece_of_cpp_on_the_page_runs(checkout: Path) -> None:
+    pieces = blocks("cpp")
+    source = "#include <hst_trt.hpp>\n#include <iostream>\n"
+    source += "".join(f"void piece_{i}() {{\n{piece}}}\n" for i, piece in enumerate(pieces))
+    source += "int main() {\n" + "".join(f"  piece_{i}();\n" for i in range(len(pieces))) + "}\n"
+    (checkout / "pieces.cpp").write_text(source)
+    library = checkout / "build" / "out" / "host"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES / 'include'}", f"-L{library}", f"-Wl,-rpath,{library}"]
+    subprocess.run(["c++", *flags, "pieces.cpp", "-lhst_trt", "-o", "pieces"], cwd=checkout, check=True, capture_output=True)
+    done = subprocess.run(["./pieces"], cwd=checkout, capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4" in done.stdout
+
+
+def test_the_python_on_the_page_runs(checkout: Path) -> None:
+    for piece in blocks("python"):
+        subprocess.run([sys.executable, "-c", piece], cwd=checkout, check=True, capture_output=True)
+    assert Image.open(checkout / "apple.png").size == (256, 256)
+
+
+def test_the_page_names_every_error_code_and_every_field_of_a_line() -> None:
+    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    header = (SOURCES / "include" / "hst_trt.h").read_text(encoding="utf-8")
+    codes = dict(re.findall(r"^  (HST_[A-Z]+) = (\d+),? +/\*", header, re.M))
+    assert dict(re.findall(r"^\| (\d+) \| `(HST_[A-Z]+)` \|", page, re.M)) == {code: name for name, code in codes.items()}
+    order = (SOURCES / "programs" / "order.cpp").read_text(encoding="utf-8")
+    fields = set(re.findall(r'^ +\{"(\w+)",', order, re.M))
+    assert len(fields) == 13
+    assert all(f"`{field}`" in page for field in fields)
