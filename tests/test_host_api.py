@@ -530,9 +530,9 @@ def test_a_count_that_cannot_be_is_refused_before_anything_is_read(
         lambda raw: setattr(raw, "prompt_count", 0), lambda raw: setattr(raw, "negative_prompt_count", 1),
         lambda raw: setattr(raw, "seed_count", 1), lambda raw: setattr(raw, "latent_count", 1),
         lambda raw: setattr(raw, "schedule", None), lambda raw: setattr(raw, "solver", None),
-        lambda raw: setattr(raw, "timestep_spacing", None), lambda raw: setattr(raw, "latents", (c.c_float * 4)()),
+        lambda raw: setattr(raw, "timestep_spacing", None),
     ],
-    ids=range(10),
+    ids=range(9),
 )  # fmt: skip
 def test_null_pointers_in_a_request_are_refused(library: Library, pipelines: Any, change: Callable[[Raw], None]) -> None:
     raw, place = library.request(prompts=["a cat"], num_inference_steps=1), c.c_void_p()
@@ -543,7 +543,7 @@ def test_null_pointers_in_a_request_are_refused(library: Library, pipelines: Any
     assert not place
 
 
-@pytest.mark.parametrize("threads", [-1, 1025, 2**31 - 1])
+@pytest.mark.parametrize("threads", [-1, 257, 2**31 - 1])
 def test_a_number_of_threads_that_cannot_be_is_refused(library: Library, tiny_bundle: Path, threads: int) -> None:
     with pytest.raises(HostError, match="threads") as caught:
         HostPipeline(HostBundle(library, tiny_bundle), threads=threads)

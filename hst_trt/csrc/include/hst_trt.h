@@ -213,7 +213,7 @@ HST_API hst_error *hst_bundle_latent_shape(const hst_bundle *bundle, const hst_r
 typedef struct hst_pipeline_params {
   uint32_t struct_size; /* by hst_pipeline_params_init; not to be changed */
   uint32_t api_version; /* the same */
-  int32_t threads;      /* of a call on the CPU; 0: one for each physical core */
+  int32_t threads;      /* of a call on the CPU, at most 256; 0: one for each physical core */
   int32_t device;       /* which GPU, for bundles of engines; 0 */
   int32_t low_memory;   /* whether graphs are freed as soon as a request no longer needs them, and loaded for each anew; 0 */
   /* The shared library of ONNX Runtime; NULL: the environment's HST_ONNXRUNTIME, else libonnxruntime.so where the system looks. */

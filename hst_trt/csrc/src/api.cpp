@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -39,7 +40,7 @@ namespace {
 
 using hst_trt::Error;
 
-constexpr int32_t kMostThreads = 1024;  // far beyond use
+constexpr int32_t kMostThreads = 256;  // ONNX Runtime was seen to hang with 1024
 
 // What was given out and not freed, of one kind, so that a handle that was freed, or is of another kind, is refused and not followed.
 // Whoever finds one holds it, so that it may be freed meanwhile.
@@ -107,6 +108,8 @@ hst_error *guarded(Body body) noexcept {
     return make_error(error.code(), error.what());
   } catch (const std::bad_alloc &) {
     return make_error(HST_RESOURCE, "memory ran out\nto do: ask for fewer images at once or a smaller size");
+  } catch (const std::length_error &) {
+    return make_error(HST_RESOURCE, "more memory is needed than can be addressed\nto do: ask for fewer images at once or a smaller size");
   } catch (const std::exception &error) {
     return make_error(HST_INTERNAL, error.what());
   } catch (...) {
@@ -256,7 +259,7 @@ hst_trt::Request request_of(const hst_trt::Bundle &bundle, const hst_request *gi
   check_count(raw.seeds, raw.seed_count, most, "the seeds");
   if (raw.seed_count > 0) request.seeds.assign(raw.seeds, raw.seeds + raw.seed_count);
   need(raw.latents != nullptr || raw.latent_count == 0, "the array of latents");
-  request.latents = raw.latents;
+  request.latents = raw.latent_count > 0 ? raw.latents : nullptr;
   request.latent_count = raw.latent_count;
   hst_trt::PlanRequest &plan = request.plan;
   plan.schedule = text_of(raw.schedule, "the schedule");

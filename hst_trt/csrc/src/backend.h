@@ -5,10 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
-#include <numeric>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,7 +36,14 @@ inline size_t item_bytes(DType dtype) {
 
 using Shape = std::vector<int64_t>;
 
-inline int64_t elements(const Shape &shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+// Throws std::bad_alloc where there are more than can be counted.
+inline int64_t elements(const Shape &shape) {
+  int64_t count = 1;
+  for (const int64_t length : shape) {
+    if (length < 0 || __builtin_mul_overflow(count, length, &count) || count > PTRDIFF_MAX / 8) throw std::bad_alloc();
+  }
+  return count;
+}
 
 // Memory of a fixed shape and type at a fixed address. Only the backend that made it looks inside.
 class Buffer {
