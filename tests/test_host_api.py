@@ -279,7 +279,8 @@ def test_figures_are_pythons(pipelines: Any, settings: dict[str, Any]) -> None:
     assert ours.cost_source == theirs.costs.source
     assert ours.engine_seconds.keys() == theirs.engine_seconds.keys()
     assert min(ours.engine_seconds.values()) > 0
-    assert sum(ours.engine_seconds.values()) <= ours.times["denoise"]
+    in_loop = [seconds for name, seconds in ours.engine_seconds.items() if name != "finite"]  # which runs after it
+    assert sum(in_loop) <= ours.times["denoise"]
     assert 0 < ours.stats.overhead < 1
     assert sum(stage.seconds for stage in ours.stats.stages) <= ours.times["denoise"]
 

@@ -297,8 +297,8 @@ HST_API hst_error *hst_result_stats(const hst_result *result, hst_stats *stats, 
 /* What the costs were taken from, in words: a measurement that the bundle holds, or the cost model. Lives as long as the result. Since 1.1. */
 HST_API const char *hst_result_cost_source(const hst_result *result);
 
-/* Seconds inside each engine during the loop: how many engines, and the name of one. None where steps are replayed as one graph each.
- * Names live as long as the result; NULL past the last. `seconds` may be NULL. Since 1.1. */
+/* Seconds inside each engine, from the first step to the check that the last latents are finite: how many engines, and the name of one.
+ * None where steps are replayed as one graph each. Names live as long as the result; NULL past the last. `seconds` may be NULL. Since 1.1. */
 HST_API size_t hst_result_engines(const hst_result *result);
 HST_API const char *hst_result_engine(const hst_result *result, size_t index, double *seconds);
 
