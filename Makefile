@@ -23,7 +23,7 @@ demo: setup  ## Export the demo pair's graphs, build its bundle, draw a picture 
 	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/hst-trt run --bundle demo-cpu --prompt "$(PROMPT)" --seed 7
 
-host:  ## Build the C++ host in build/out/host: the library, hst-trt-host, and what tests use. Needs CMake, a C++ compiler, zlib.
+host:  ## Build the C++ host in build/out/host: the library, its programs, and what tests use. Needs CMake, a C++ compiler, zlib.
 	$(CMAKE) -S hst_trt/csrc --preset release -B build/out/host
 	$(CMAKE) --build build/out/host --parallel $$(nproc)
 

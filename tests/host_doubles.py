@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from host import HostBundle, HostError, HostPipeline, Library, onnxruntime_library
+import numpy as np
+from host import GO_ON, Drawn, HostBundle, HostError, HostPipeline, Library, Loop, onnxruntime_library
 
 LIVE = (
     "memory", "stream", "event", "graph", "recording", "module", "context", "runtime", "engine", "execution_context", "config",
@@ -68,6 +69,22 @@ class Doubles:
         return self._process.wait()
 
 
+def watched(
+    pipeline: HostPipeline, prompts: list[str], replaced: dict[int, np.ndarray], **fields: Any
+) -> tuple[Drawn, list[np.ndarray], list[float]]:
+    """What is drawn if latents are replaced after some steps; the latents after each step; the seconds callbacks get."""
+    seen, seconds = [], []
+
+    def look(loop: Loop) -> int:
+        if loop.step in replaced:
+            loop.latents = replaced[loop.step]
+        seen.append(loop.latents)
+        seconds.append(loop.seconds)
+        return GO_ON
+
+    return pipeline(prompts, on_step_end=look, **fields), seen, seconds
+
+
 class Host:
     """What can be called; pipelines have names."""
 
@@ -84,6 +101,9 @@ class Host:
     def draw(self, prompts: list[str], *, pipeline: str = "", cancel_after: int = 0, **fields: Any) -> Any:
         progress = (lambda done, _: int(done == cancel_after)) if cancel_after else None
         return self._pipelines[pipeline](prompts, progress=progress, **fields)
+
+    def watched(self, prompts: list[str], replaced: dict[int, np.ndarray], *, pipeline: str = "", **fields: Any) -> Any:
+        return watched(self._pipelines[pipeline], prompts, replaced, **fields)
 
     def get(self, *names: str) -> dict[str, int]:
         """Counters of the doubles."""

@@ -17,7 +17,6 @@ import pytest
 from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
 from PIL import Image
 
-from hst_trt.backends import open_bundle
 from hst_trt.errors import HstError
 from hst_trt.noise import torch_randn
 from hst_trt.pipeline import HybridStitchPipeline

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from fake_bundle import PINNED, finish, pipeline, rewrite
 from fake_cuda import FakeDevice
-from host import SOURCES, HostBundle, HostError, HostPipeline, Library, build_host
-from host_doubles import Doubles
+from host import LATENTS, RGB, SOURCES, HostBundle, HostError, HostPipeline, Library, build_host
+from host_doubles import Doubles, watched
 
 from hst_trt.bundle import Bundle
 from hst_trt.errors import HstError
+from hst_trt.noise import torch_randn
+from hst_trt.plan import token_buckets
 
 HEIGHT, WIDTH = 16 * PINNED[0], 16 * PINNED[1]
 TARGETS = {"tensorrt": ("tensorrt", "11.99.0.1"), "rtx": ("tensorrt-rtx", "1.99.0.1")}  # of the doubles
@@ -32,6 +34,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "hybrid-from-the-first-step": dict(stages=(0, 4, 2), correction=0.9),
     "refresh-and-drift": dict(stages=(1, 5, 0), refresh_every=2, mask_ratio=0.4, mask_drift=0.3, mask_starvation=0.2),
     "threshold": dict(stages=(2, 3, 1), mask_threshold=1.2),
+    "random-masks": dict(stages=(1, 4, 1), has_mask_seed=1, mask_seed=5),
     "correction": dict(stages=(2, 0, 4), correction=0.9),
     "large": dict(schedule="large"),
     "small": dict(schedule="small"),
@@ -43,6 +46,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "dpmpp-2m": dict(stages=(2, 3, 1), solver="dpmpp-2m", timestep_spacing="trailing"),
 }
 PROMPT = ["a red apple"]
+REQUEST: dict[str, Any] = dict(seeds=[3], height=HEIGHT, width=WIDTH, num_inference_steps=6)
 MASKED = dict(stages=(1, 2, 1), num_inference_steps=4)
 
 
@@ -100,7 +104,7 @@ def manifest(bundle: Path) -> Any:
 
 def draw(pipe: Any, prompts: list[str] = PROMPT, **arguments: Any) -> Any:
     call = pipe.draw if isinstance(pipe, Doubles) else pipe
-    return call(prompts, **dict(seeds=[3], height=HEIGHT, width=WIDTH, num_inference_steps=6) | arguments)
+    return call(prompts, **REQUEST | arguments)
 
 
 def counts(host: Doubles, *names: str, **arguments: Any) -> tuple[int, ...]:
@@ -140,7 +144,7 @@ def test_every_schedule_draws_what_onnx_runtime_draws_plain_recorded_and_replaye
         assert ours.masks.keys() == expected.masks.keys()
         for step, mask in expected.masks.items():
             np.testing.assert_array_equal(ours.masks[step], mask)
-        assert ours.warning == ""
+        assert ours.warnings == []
     host.close()
     assert host.live() == {}
 
@@ -167,6 +171,54 @@ def test_a_cancelled_run_leaves_the_pipeline_usable(cpu: HostPipeline, gpu: Doub
     for _ in range(3):
         assert refused(lambda: draw(gpu, cancel_after=2))[0] == 130
         np.testing.assert_array_equal(draw(gpu).images, draw(cpu).images)
+
+
+def test_a_callback_reads_and_replaces_latents_as_on_a_cpu(cpu: HostPipeline, gpu: Doubles) -> None:
+    fields = REQUEST | dict(stages=(2, 3, 1), outputs=RGB + LATENTS)
+    replaced = {2: torch_randn(9, (1, 16, HEIGHT // 8, WIDTH // 8))}
+    expected, theirs, measured = watched(cpu, PROMPT, replaced, **fields)
+    assert min(measured) > 0
+    for _ in range(4):
+        drawn, ours, seconds = gpu.watched(PROMPT, replaced, **fields)
+        assert np.abs(drawn.images.astype(int) - expected.images.astype(int)).max() <= 1
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(drawn.latents, expected.latents, rtol=1e-4, atol=1e-4)
+        assert np.isnan(seconds).all(), "nothing is waited for"
+    assert gpu.get("launches")["launches"] > 0
+    plain = draw(gpu, stages=(2, 3, 1)).images
+    np.testing.assert_array_equal(plain, draw(cpu, stages=(2, 3, 1)).images)
+    assert (plain != drawn.images).any()
+
+
+def test_figures_are_those_of_the_run_and_engines_are_not_timed(cpu: HostPipeline, gpu: Doubles) -> None:
+    theirs = draw(cpu, **MASKED).stats
+    for _ in range(3):
+        ours = draw(gpu, **MASKED)
+        for mine, other in zip(ours.stats.stages, theirs.stages, strict=True):
+            assert (mine.steps, mine.large_tokens, mine.small_calls) == (other.steps, other.large_tokens, other.small_calls)
+            assert mine.seconds > 0
+        assert ours.engine_seconds == {}
+        assert np.isnan(ours.stats.overhead)
+        assert ours.cost_source == "cost model (FLOPs)"
+
+
+def test_costs_that_were_measured_on_this_gpu_take_the_models_place(
+    start: Callable[..., Doubles], engines: Callable[..., Path]
+) -> None:
+    bundle = engines()
+    buckets = token_buckets(PINNED[0] * PINNED[1], manifest(bundle)["bucket_ratios"])
+    entry = dict(
+        machine="Fake GPU", backend_version="1", date="2026-01-02", threads=0, images=1, guided=True, height=HEIGHT,
+        width=WIDTH, large_seconds={str(tokens): float(tokens) for tokens in buckets}, small_seconds=4.0, text_seconds=1.0,
+        vae_seconds=1.0, step_seconds=1.0,
+    )  # fmt: skip
+    rewrite(bundle, costs=[entry | {"machine": "another"}, entry])
+    host = start()
+    host.open(bundle)
+    drawn = draw(host, schedule="small")
+    assert drawn.cost_source == "measured on Fake GPU, 2026-01-02"
+    assert drawn.stats.cost == pytest.approx(6 * 4 / buckets[-1])
+    host.close()
 
 
 # -- recordings ----------------------------------------------------------------------------------------------------------
@@ -232,12 +284,14 @@ def test_what_cannot_be_recorded_runs_plainly_draws_the_same_and_is_said(
     for _ in range(4):
         drawn = draw(host, **MASKED)
         np.testing.assert_array_equal(drawn.images, expected)
-        warnings.append(drawn.warning)
+        warnings.append(drawn.warnings)
     assert host.get("launches")["launches"] == 0
     why = "TensorRT says that this context cannot be captured" if "capturable" in extra else "an operation is not permitted"
-    assert warnings[-1].startswith("calls are enqueued one by one, which is slower: a CUDA graph could not be captured (")
-    assert why in warnings[-1]
-    assert len(set(warnings[1:])) == 1
+    assert warnings[0] == []
+    (said,) = warnings[1]
+    assert said.startswith("calls are enqueued one by one, which is slower: a CUDA graph could not be captured (")
+    assert why in said
+    assert warnings[1:] == [[said]] * 3
     host.close()
     assert host.live() == {}
 
@@ -247,7 +301,7 @@ def test_a_driver_that_captures_nothing_is_no_error(gpu: Doubles, cpu: HostPipel
     for _ in range(3):
         drawn = draw(gpu, **MASKED)
         np.testing.assert_array_equal(drawn.images, draw(cpu, **MASKED).images)
-    assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in drawn.warning
+    assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in drawn.warnings[0]
 
 
 @pytest.mark.parametrize(

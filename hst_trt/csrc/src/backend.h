@@ -9,9 +9,11 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <numeric>
+#include <new>
 #include <string>
 #include <vector>
+
+#include "machine.h"
 
 namespace hst_trt {
 
@@ -35,7 +37,14 @@ inline size_t item_bytes(DType dtype) {
 
 using Shape = std::vector<int64_t>;
 
-inline int64_t elements(const Shape &shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+// Throws std::bad_alloc where there are more than can be counted.
+inline int64_t elements(const Shape &shape) {
+  int64_t count = 1;
+  for (const int64_t length : shape) {
+    if (length < 0 || __builtin_mul_overflow(count, length, &count) || count > PTRDIFF_MAX / 8) throw std::bad_alloc();
+  }
+  return count;
+}
 
 // Memory of a fixed shape and type at a fixed address. Only the backend that made it looks inside.
 class Buffer {
@@ -95,6 +104,7 @@ class Recorder {
 class Backend {
  public:
   virtual ~Backend() = default;
+  virtual Machine machine() const = 0;                   // what computes
   virtual Engine &engine(const std::string &name) = 0;   // loaded on first use and kept
   virtual void release(const std::string &name) = 0;     // calls prepared from it, and recordings with them, must be gone
   virtual std::shared_ptr<Recorder> recorder() = 0;      // a new one; null where calls cannot be recorded

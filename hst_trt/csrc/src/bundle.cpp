@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <sys/stat.h>
 #include <sys/utsname.h>
 
 #include <algorithm>
@@ -197,8 +198,17 @@ void compare(const Bundle &bundle, const std::string &name, uint64_t size, Sha25
   if (const std::string found = digest.hex(); found != entry.sha256) throw Error(HST_INTEGRITY, problem, "sha256 " + found, kBuildAgain);
 }
 
-void verify_file(const Bundle &bundle, const std::string &name) {
+FileStamp stamp_of(const fs::path &path) {
+  struct stat found {};
+  if (stat(path.c_str(), &found) != 0) return {};
+  return {static_cast<uint64_t>(found.st_dev), static_cast<uint64_t>(found.st_ino), static_cast<uint64_t>(found.st_size),
+          static_cast<int64_t>(found.st_mtim.tv_sec), static_cast<int64_t>(found.st_mtim.tv_nsec)};
+}
+
+// Returns the stamp from before the first byte was read. advance: told how many bytes more were read; may throw.
+FileStamp verify_file(const Bundle &bundle, const std::string &name, const std::function<void(uint64_t)> &advance) {
   const fs::path path = bundle.file(name);
+  const FileStamp stamp = stamp_of(path);
   std::error_code failed;
   const uintmax_t size = fs::file_size(path, failed);
   std::ifstream stream;
@@ -209,24 +219,37 @@ void verify_file(const Bundle &bundle, const std::string &name) {
     std::vector<char> chunk(size_t{1} << 20);
     while (stream.read(chunk.data(), static_cast<std::streamsize>(chunk.size())), stream.gcount() > 0) {
       digest.update(chunk.data(), static_cast<size_t>(stream.gcount()));
+      advance(static_cast<uint64_t>(stream.gcount()));
     }
   }
   if (stream.bad()) refuse_unreadable(bundle, name);
   compare(bundle, name, size, digest);
+  return stamp;
 }
 
-// Hashes files in parallel; the first error wins.
-void verify_files(const Bundle &bundle) {
+// Hashes files in parallel, and keeps their stamps; the first error wins.
+void verify_files(Bundle &bundle, const OnHash &on_hash) {
   const auto files = read_by_path(bundle.manifest);
   std::vector<std::pair<std::string, FileEntry>> queue(files.begin(), files.end());
   std::sort(queue.begin(), queue.end(), [](const auto &a, const auto &b) { return a.second.bytes > b.second.bytes; });
   std::atomic<size_t> next{0};
   std::exception_ptr first;
   std::mutex guard;
+  uint64_t done = 0, total = 0;
+  for (const auto &file : queue) total += static_cast<uint64_t>(file.second.bytes);
+  bool cancelled = false;
+  const auto advance = [&](uint64_t bytes) {
+    const std::lock_guard<std::mutex> lock(guard);
+    done += bytes;
+    cancelled = cancelled || (on_hash && !on_hash(done, total));
+    if (cancelled) throw Error(HST_CANCELLED, "the check of " + bundle.path.string() + " was cancelled");
+  };
   const auto work = [&] {
     for (size_t i = next++; i < queue.size(); i = next++) {
       try {
-        verify_file(bundle, queue[i].first);
+        const FileStamp stamp = verify_file(bundle, queue[i].first, advance);
+        const std::lock_guard<std::mutex> lock(guard);
+        bundle.stamps[queue[i].first] = stamp;
       } catch (...) {
         const std::lock_guard<std::mutex> lock(guard);
         if (!first) first = std::current_exception();
@@ -269,8 +292,21 @@ std::string Bundle::read(const std::string &name) const {
   return content;
 }
 
-Bundle open_bundle(const std::string &path) {
-  Bundle bundle{fs::u8path(path), {}, {}, {}};
+fs::path Bundle::graph_file(const std::string &graph) const {
+  const auto entry = manifest.graphs.find(graph);
+  if (entry == manifest.graphs.end()) throw Error(HST_INTEGRITY, "the bundle has no graph '" + graph + "'", "", kBuildAgain);
+  std::vector<std::string> names = entry->second.weights;
+  names.push_back(entry->second.path);
+  for (const std::string &name : names) {
+    if (!(stamps.at(name) == stamp_of(file(name)))) {
+      throw Error(HST_INTEGRITY, path.string() + ": " + name + " has changed since the bundle was opened", "", "open the bundle again");
+    }
+  }
+  return file(entry->second.path);
+}
+
+Bundle open_bundle(const std::string &path, const OnHash &on_hash) {
+  Bundle bundle{fs::u8path(path), {}, {}, {}, {}};
   bundle.manifest = manifest_of(bundle.path);
   check_contained(bundle.path, bundle.manifest.files);
   check_references(bundle.path, bundle.manifest);
@@ -280,7 +316,7 @@ Bundle open_bundle(const std::string &path) {
     throw Error(HST_INTEGRITY, bundle.path.string() + " does not describe its models", exc.what(), kBuildAgain);
   }
   check_runs_here(bundle.path, bundle.manifest);
-  verify_files(bundle);
+  verify_files(bundle, on_hash);
   try {
     bundle.scheduler = Scheduler::from_config(json::parse(bundle.read(bundle.manifest.scheduler)));
   } catch (const std::invalid_argument &exc) {

@@ -140,13 +140,21 @@ EngineEntry read_engine(const json::Value &value, const std::string &path) {
   return engine;
 }
 
-void check_costs(const json::Value &value, const std::string &path) {
+CostsEntry read_costs(const json::Value &value, const std::string &path) {
   Fields fields(value, path);
-  for (const char *key : {"machine", "backend_version", "date"}) fields.text(key);
-  fields.whole("threads", 0);
-  for (const char *key : {"images", "height", "width"}) fields.whole(key, 1);
-  if (!fields.get("guided").boolean()) fail(fields.path("guided"), "neither true nor false");
-  for (const char *key : {"small_seconds", "text_seconds", "vae_seconds", "step_seconds"}) fields.number(key, 0, true);
+  CostsEntry costs{};
+  costs.machine = fields.text("machine");
+  fields.text("backend_version");
+  costs.date = fields.text("date");
+  costs.threads = fields.whole("threads", 0);
+  costs.images = fields.whole("images", 1);
+  costs.height = fields.whole("height", 1);
+  costs.width = fields.whole("width", 1);
+  const bool *guided = fields.get("guided").boolean();
+  if (!guided) fail(fields.path("guided"), "neither true nor false");
+  costs.guided = *guided;
+  costs.small_seconds = fields.number("small_seconds", 0, true);
+  for (const char *key : {"text_seconds", "vae_seconds", "step_seconds"}) fields.number(key, 0, true);
   const json::Object &large = object_of(fields.get("large_seconds"), fields.path("large_seconds"));
   if (large.empty()) fail(fields.path("large_seconds"), "none");
   for (const auto &entry : large) {
@@ -154,9 +162,10 @@ void check_costs(const json::Value &value, const std::string &path) {
     const char *last = entry.first.data() + entry.first.size();
     const auto end = std::from_chars(entry.first.data(), last, tokens);
     if (end.ec != std::errc() || end.ptr != last || tokens < 1 || entry.first[0] == '0') fail(fields.path("large_seconds"), "not a number of tokens");
-    number_of(entry.second, fields.path("large_seconds"), 0, true);
+    costs.large_seconds[tokens] = number_of(entry.second, fields.path("large_seconds"), 0, true);
   }
   fields.done();
+  return costs;
 }
 
 void check_calibration(const json::Value &value, const std::string &path) {
@@ -184,8 +193,8 @@ void check_calibration(const json::Value &value, const std::string &path) {
 TargetEntry read_target(const json::Value &value) {
   Fields fields(value, "target");
   TargetEntry target{fields.text("name"), one_of(fields.get("backend"), "target.backend", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
-                     fields.text("os"), fields.text("arch"), fields.text("backend_version"), {}};
-  one_of(fields.get("precision"), "target.precision", {"float32", "float16", "bfloat16"});
+                     one_of(fields.get("precision"), "target.precision", {"float32", "float16", "bfloat16"}), fields.text("os"),
+                     fields.text("arch"), fields.text("backend_version"), {}};
   if (fields.has("sms")) {
     for (const json::Value &sm : array_of(fields.get("sms"), "target.sms")) target.sms.push_back(whole_of(sm, "target.sms"));
   }
@@ -263,7 +272,7 @@ Manifest read_manifest(const json::Value &document) {
     part.done();
   }
   if (fields.has("costs")) {
-    for (const json::Value &item : array_of(fields.get("costs"), "costs")) check_costs(item, "costs");
+    for (const json::Value &item : array_of(fields.get("costs"), "costs")) manifest.costs.push_back(read_costs(item, "costs"));
   }
   if (fields.has("calibrations")) {
     for (const json::Value &item : array_of(fields.get("calibrations"), "calibrations")) check_calibration(item, "calibrations");

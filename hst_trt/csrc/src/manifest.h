@@ -49,8 +49,17 @@ struct TokenizerEntry {
 };
 
 struct TargetEntry {
-  std::string name, backend, os, arch, backend_version;
+  std::string name, backend, precision, os, arch, backend_version;
   std::vector<int64_t> sms;  // compute capabilities, 90 for 9.0
+};
+
+// What was measured on a machine for one request shape: medians, in seconds.
+struct CostsEntry {
+  std::string machine, date;
+  int64_t threads, images, height, width;  // pixels
+  bool guided;
+  std::map<int64_t, double> large_seconds;  // by the image tokens that are computed
+  double small_seconds;
 };
 
 struct Manifest {
@@ -70,6 +79,7 @@ struct Manifest {
   } limits;
   std::vector<double> bucket_ratios;
   std::map<std::string, FileEntry> files;
+  std::vector<CostsEntry> costs;
 };
 
 // Throws std::invalid_argument, which names the field.

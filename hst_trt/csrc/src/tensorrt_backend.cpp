@@ -144,6 +144,8 @@ class TensorRtBackend : public Backend {
     runtime_->setEngineHostCodeAllowed(false);
   }
 
+  Machine machine() const override { return {device_.name(), 0}; }
+
   Engine &engine(const std::string &name) override {
     device_.activate();
     auto &slot = engines_[name];

@@ -36,27 +36,28 @@ Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape 
 
   std::vector<int64_t> numbers(static_cast<size_t>(n));
   std::iota(numbers.begin(), numbers.end(), 0);
-  backend_.write(buffer("slots"), numbers.data());
+  write("slots", numbers.data());
   copy("slots", "identity");
   std::vector<int64_t> images;
   for (int64_t row = 0; row < r; ++row) images.push_back(row % b);
-  backend_.write(buffer("row_index"), images.data());
-  backend_.write(buffer("large_pos_table"), spec.small.position_ids(shape.h, shape.w).data());
+  write("row_index", images.data());
+  write("large_pos_table", spec.small.position_ids(shape.h, shape.w).data());
   copy("large_pos_table", "small_pos_ids");
-  backend_.write(buffer("large_pos_table"), spec.large.position_ids(shape.h, shape.w).data());
+  write("large_pos_table", spec.large.position_ids(shape.h, shape.w).data());
   copy("large_pos_table", "large_pos_ids");
 }
 
 void Workspace::begin(const std::vector<float> &latents, const TextFeatures &text, const StepTable &table, double guidance_scale,
                       const MaskRule &mask, double correction) {
   gathered_.clear();  // verbs that were not run because something went wrong
-  backend_.write(buffer("latents"), latents.data());
+  seconds_.clear();
+  set_latents(latents);
   std::vector<float> timesteps = table.timesteps;
   timesteps.resize(kMaxSteps);
-  backend_.write(buffer("timesteps"), timesteps.data());
+  write("timesteps", timesteps.data());
   auto coefficients = table.coefficients;
   coefficients.resize(kMaxSteps);
-  backend_.write(buffer("coefficients"), coefficients.data());
+  write("coefficients", coefficients.data());
   backend_.copy(*text.encoder_hidden_states, buffer("encoder_hidden_states"));
   backend_.copy(*text.pooled_projections, buffer("pooled_projections"));
   for (const char *name : {"step", "history", "held", "difference", "scores", "age", "last_velocity", "last_sketch"}) backend_.zero(buffer(name));
@@ -190,6 +191,8 @@ void Workspace::remember() {
 
 std::vector<float> Workspace::latents() { return read<float>("latents"); }
 
+void Workspace::set_latents(const std::vector<float> &tokens) { write("latents", tokens.data()); }
+
 bool Workspace::is_finite() {
   verb("finite", [this] { call("finite", {{"latents", "latents"}, {"finite", "finite"}}); });
   return read<int32_t>("finite")[0] != 0;
@@ -203,6 +206,20 @@ std::vector<uint8_t> Workspace::active_mask(int64_t tokens) {
     mask[static_cast<size_t>(i / tokens * n + active[static_cast<size_t>(i)])] = 1;
   }
   return mask;
+}
+
+void Workspace::impose(const std::vector<uint8_t> &mask) {
+  const auto n = static_cast<size_t>(shape.tokens());
+  std::vector<int64_t> ranks(mask.size());
+  for (size_t image = 0; image < mask.size(); image += n) {
+    int64_t rank = 0;
+    for (const bool inside : {true, false}) {
+      for (size_t token = image; token < image + n; ++token) {
+        if ((mask[token] != 0) == inside) ranks[token] = rank++;
+      }
+    }
+  }
+  write("ranks", ranks.data());
 }
 
 void Workspace::verb(const std::string &name, std::function<void()> body) {
@@ -238,9 +255,14 @@ std::vector<T> Workspace::read(const std::string &name) {
   return values;
 }
 
+void Workspace::write(const std::string &name, const void *values) {
+  flush();
+  backend_.write(buffer(name), values);
+}
+
 void Workspace::write_number(const char *name, double value) {
   const auto number = static_cast<float>(value);
-  backend_.write(buffer(name), &number);
+  write(name, &number);
 }
 
 // Executes a graph on buffers, preparing the call on first use.
@@ -259,7 +281,10 @@ void Workspace::call(const std::string &graph, const Slots &slots) {
     }
     call = backend_.engine(graph).prepare(bindings);
   }
+  if (recorder_) return call->execute();
+  const MarkPtr start = backend_.mark();
   call->execute();
+  seconds_[graph] += backend_.elapsed(*start, *backend_.mark());
 }
 
 // One guided transformer call on all tokens or on the active ones. A full call takes the latents themselves, once for each half of
