@@ -58,12 +58,13 @@ demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedu
 	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 320 --baseline-steps 28 --threads 1
 	$(BIN)/python scripts/ship_demo_graphs.py engines/demo-cpu.hstb
 
-results: setup beside-others  ## Measure what docs/results.md shows, two hours on two cores; goes on where it was stopped.
+results: setup host beside-others  ## Measure what docs/results.md shows, two hours on two cores; goes on where it was stopped.
 	$(BIN)/python benchmarks/frontier.py
 	$(BIN)/python benchmarks/planner_check.py
 	$(BIN)/python benchmarks/cost_fits.py
 	$(BIN)/python benchmarks/variants.py
 	$(BIN)/python benchmarks/text_cache.py
+	$(BIN)/python benchmarks/host_beside_python.py
 	$(BIN)/python benchmarks/page.py
 
 pictures: setup  ## Draw the pictures of the README anew.
