@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
 PROMPT ?= a red apple on a blue background
 
 .PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others clean
@@ -22,9 +23,9 @@ demo: setup  ## Export the demo pair's graphs, build its bundle, draw a picture 
 	$(BIN)/hst-trt build --gpu cpu --pair demo
 	$(BIN)/hst-trt run --bundle demo-cpu --prompt "$(PROMPT)" --seed 7
 
-host:  ## Build the C++ host in build/out/host: the library, hst-trt-host, and what tests use. Needs CMake, Ninja, a C++ compiler, zlib.
-	cmake -S hst_trt/csrc --preset release -B build/out/host
-	cmake --build build/out/host
+host:  ## Build the C++ host in build/out/host: the library, its programs, and what tests use. Needs CMake, a C++ compiler, zlib.
+	$(CMAKE) -S hst_trt/csrc --preset release -B build/out/host
+	$(CMAKE) --build build/out/host --parallel $$(nproc)
 
 test: setup lint  ## Everything that CI runs; at most 12 minutes on two cores.
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

@@ -33,6 +33,7 @@ def open_bundle(path: str | os.PathLike[str], on_hash: Callable[[int, int], None
     bundle = Bundle.open(path, check_hashes=False)
     _check_kind(bundle)
     verify_files(bundle.path, _read_by_path(bundle.manifest), on_hash)
+    _ = bundle.scheduler  # refused here rather than in the middle of a request
     return bundle
 
 

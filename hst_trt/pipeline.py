@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -83,7 +84,10 @@ class HybridStitchPipeline:
         self.bundle, self.backend, self.low_vram = bundle, backend, low_vram
         self.spec = bundle.spec
         self.scheduler = bundle.scheduler
-        self.tokenizers = [PromptTokenizer(bundle.path / t.path, t.length, t.pad_id) for t in bundle.manifest.tokenizers]
+        self.tokenizers = [
+            PromptTokenizer(bundle.read(t.path), PurePosixPath(t.path).stem, t.length, t.pad_id)
+            for t in bundle.manifest.tokenizers
+        ]
         self._resident = Residency(backend, self.spec, low_vram=low_vram)
         self._interrupt = False
 

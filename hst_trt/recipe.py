@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import MissingError, RequestError
 from .plan import BUCKET_RATIOS
+from .spec import MAX_COUNT, MAX_IMAGES, MAX_SIDE
 
 __all__ = [
     "Defaults",
@@ -43,16 +44,17 @@ class ModelSource(_Table):
     component: str = "transformer"
 
 
+# Upper ends of the two are those of the bundle format, with which no size of a tensor passes 63 bits.
 class Limits(_Table):
-    max_side: int = Field(gt=0)  # pixels
-    max_images: int = Field(gt=0)
+    max_side: int = Field(gt=0, le=MAX_SIDE)  # pixels
+    max_images: int = Field(gt=0, le=MAX_IMAGES)
 
 
 class Defaults(_Table):
-    num_inference_steps: int = Field(gt=0)
+    num_inference_steps: int = Field(gt=0, le=MAX_COUNT)
     guidance_scale: float = Field(ge=0)
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
+    height: int = Field(gt=0, le=MAX_SIDE)
+    width: int = Field(gt=0, le=MAX_SIDE)
 
 
 class Recipe(_Table):

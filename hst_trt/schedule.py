@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from .errors import IncompatibleError, RequestError
+from .spec import MAX_COUNT
 
 __all__ = ["AS_DIFFUSERS", "MAX_STEPS", "SOLVERS", "FlowMatchEuler", "Sampling", "Solver", "StepTable", "TimestepSpacing"]
 
@@ -64,9 +65,7 @@ class Sampling:
         ):
             if value not in known:
                 raise RequestError(f"unknown {what} {value!r}", fix=f"choose one of {', '.join(known)}")
-        if self.shift is not None and not (
-            isinstance(self.shift, Real) and not isinstance(self.shift, bool) and 0 < self.shift <= MAX_SHIFT
-        ):
+        if self.shift is not None and not (_is_number(self.shift) and 0 < self.shift <= MAX_SHIFT):
             raise RequestError(f"shift {self.shift!r} is outside (0, {MAX_SHIFT:g}]", fix="3 is SD3's; 2 to 6 are usual")
 
 
@@ -100,7 +99,10 @@ class FlowMatchEuler:
 
         Raises:
             IncompatibleError: another scheduler, or a setting that SD3 pipelines do not use.
+            ValueError: it is no such config.
         """
+        if not isinstance(config, Mapping):
+            raise ValueError("the scheduler's config is not an object")
         name = config.get("_class_name")
         refused = [key for key in _REFUSED if config.get(key)]
         if name != "FlowMatchEulerDiscreteScheduler" or refused:
@@ -110,7 +112,12 @@ class FlowMatchEuler:
                 fix="use FlowMatchEulerDiscreteScheduler with plain `shift`; SDE and ancestral samplers would make the "
                 "cached keys and values invalid",
             )
-        return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+        shift, steps = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
+        if not (_is_number(shift) and 0 < shift <= MAX_SHIFT):
+            raise ValueError(f"shift is {shift!r}, not a number above 0 and up to {MAX_SHIFT:g}")
+        if not (isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= MAX_COUNT):
+            raise ValueError(f"num_train_timesteps is {steps!r}, not a whole number from 1 to {MAX_COUNT}")
+        return cls(float(shift), steps)
 
     def table(self, num_inference_steps: int, sampling: Sampling = AS_DIFFUSERS) -> StepTable:
         """The steps of a request.
@@ -135,6 +142,10 @@ class FlowMatchEuler:
         ends_at_zero = np.append(sigmas, np.float32(0.0))
         coefficients = SOLVERS[sampling.solver](ends_at_zero.astype(np.float64), shift).astype(np.float32)
         return StepTable(sigmas * np.float32(self.num_train_timesteps), ends_at_zero, coefficients)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _shifted(times: np.ndarray, shift: float) -> np.ndarray:

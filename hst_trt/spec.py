@@ -8,10 +8,23 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PairSpec", "TransformerSpec"]
+__all__ = ["MAX_COUNT", "MAX_IMAGES", "MAX_SIDE", "PairSpec", "TransformerSpec"]
 
+# The bundle format's upper ends: with them no number of elements or bytes that a reader multiplies together passes 63 bits.
+MAX_COUNT = 65536  # layers, heads, widths, lengths
+MAX_SIDE = 16384  # pixels
+MAX_IMAGES = 1024
 
-_COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "pos_embed_max_size")
+_COUNTS = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "in_channels",
+    "patch_size",
+    "pos_embed_max_size",
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,25 @@ class TransformerSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TransformerSpec:
+        """Reads the ``config.json`` of a transformer.
+
+        Raises:
+            KeyError, ValueError: a number is missing, or is none.
+        """
         for key in _COUNTS:
-            if not isinstance(config[key], int) or config[key] < 1:
-                raise ValueError(f"{key} is {config[key]!r}, not a positive whole number")
+            if not _is_whole(config[key]) or not 1 <= config[key] <= MAX_COUNT:
+                raise ValueError(f"{key} is {config[key]!r}, not a whole number from 1 to {MAX_COUNT}")
+        if config["num_attention_heads"] * config["attention_head_dim"] > MAX_COUNT:
+            raise ValueError(f"num_attention_heads of attention_head_dim are more than {MAX_COUNT}")
+        dual = config.get("dual_attention_layers")
+        dual = () if dual is None else dual
+        if not isinstance(dual, (list, tuple)) or not all(map(_is_whole, dual)):
+            raise ValueError("dual_attention_layers are not an array of whole numbers")
         return cls(
             layers=config["num_layers"],
             heads=config["num_attention_heads"],
             head_dim=config["attention_head_dim"],
-            dual_layers=len(config.get("dual_attention_layers") or ()),
+            dual_layers=len(dual),
             text_width=config["joint_attention_dim"],
             pooled_width=config["pooled_projection_dim"],
             token_channels=config["in_channels"] * config["patch_size"] ** 2,
@@ -51,6 +75,10 @@ class TransformerSpec:
         """Rows of the position table for a centred crop of h x w tokens, as diffusers crops it; [h*w] int64."""
         top, left = (self.table_side - h) // 2, (self.table_side - w) // 2
         return ((np.arange(h)[:, None] + top) * self.table_side + np.arange(w) + left).reshape(-1).astype(np.int64)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

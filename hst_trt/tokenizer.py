@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,17 +19,21 @@ class PromptTokenizer:
     """Pads and truncates every prompt to one length.
 
     Args:
-        path: a ``tokenizer.json``.
+        content: of a ``tokenizer.json``.
+        name: of the tokenizer, for messages.
         length: tokens of every prompt, special tokens included.
         pad_id: what a short prompt is filled up with.
     """
 
-    def __init__(self, path: Path, length: int, pad_id: int) -> None:
+    def __init__(self, content: bytes, name: str, length: int, pad_id: int) -> None:
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(content)
         except Exception as exc:  # the library raises bare Exception
-            raise IntegrityError(f"{path} is not a tokenizer", found=str(exc), fix="build the bundle again") from exc
-        self.name, self.length = path.stem, length
+            raise IntegrityError(f"{name} is not a tokenizer", found=str(exc), fix="build the bundle again") from exc
+        if (special := self._tokenizer.num_special_tokens_to_add(False)) > length:
+            found = f"{special} special tokens for {length} in all"
+            raise IntegrityError(f"{name} leaves no room for a text", found=found, fix="build the bundle again")
+        self.name, self.length = name, length
         self.pad_id = pad_id
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:

@@ -114,11 +114,17 @@ def pair_copy(tiny_pair: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pair built for the CPU: small enough to copy for every test that damages one."""
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair built for the CPU: small enough to copy for every test that damages one.
+
+    HST_TRT_TEST_BUNDLE names one that is there already, for runs under a sanitizer, where torch would take minutes.
+    """
+    if given := os.environ.get("HST_TRT_TEST_BUNDLE"):
+        return Path(given)
     from hst_trt.builder.build import build_bundle
     from hst_trt.recipe import load_recipe, load_target
 
+    tiny_pair = request.getfixturevalue("tiny_pair")
     with _shared_folder(tmp_path_factory, "tiny-built") as folder:
         recipe = load_recipe(str(tiny_pair.with_name("tiny.toml")))
         return build_bundle(recipe, load_target("cpu"), folder / "tiny-cpu.hstb").bundle.path

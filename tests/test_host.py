@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import json
 import os
 import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from host import API_VERSION, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
+from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
 from PIL import Image
-from tokenizers import Tokenizer
 
-from hst_trt.backends import open_bundle
 from hst_trt.errors import HstError
 from hst_trt.noise import torch_randn
 from hst_trt.pipeline import HybridStitchPipeline
@@ -30,8 +26,6 @@ from hst_trt.schedule import FlowMatchEuler, Sampling
 SCHEDULES = ("hybrid", "large", "small", "t-stitch", "srdiffusion", "ras")
 STAGES = list(Stage)
 BY_THRESHOLD = -1
-WORDS = "a the red apple on blue background PENGUIN don't we'll it's 123 4K café naïve straße ΣΑΣ İstanbul 東京 🐧 ﬁn ①"
-ODD = "<|startoftext|> <|ENDOFTEXT|> <|endoftext|> <pad> </s> <unk> ! !! 's ''s 'LL \u2581 \u2581\u2581 \u017f \u212a"
 _MASK = {
     "mask_ratio": "ratio",
     "mask_threshold": "threshold",
@@ -254,49 +248,7 @@ def test_step_tables_have_pythons_bits(built: Path, steps: int) -> None:
         np.testing.assert_array_equal(found[: 2 * steps + 1], expected[: 2 * steps + 1])
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
-def texts(count: int, seed: int) -> list[str]:
-    """Words as people write them, characters of all of Unicode, and what tokenizers treat in a way of their own."""
-    chosen = random.Random(seed)
-    words, odd = WORDS.split(), ODD.split()
-    odd += ["\u0301", "e\u0301\u0323", "\u1100\u1161\u11a8", "\u200d", "\u200b", "\ufeff"]
-    odd += ["\xa0", "\u3000", "\x1c", "\x85", "\r\n", "\t", "\x7f"]
-    ranges = [
-        (1, 127),
-        (1, 0x24F),
-        (0x300, 0x370),
-        (0x370, 0x1FFF),
-        (0x2000, 0x2FFF),
-        (0x3000, 0xD7FF),
-        (0xE000, 0xFFFF),
-        (0x10000, 0x10FFFF),
-    ]
-
-    def part() -> str:
-        kind = chosen.random()
-        if kind < 0.5:
-            return chosen.choice(words)
-        if kind < 0.7:
-            return chosen.choice(odd)
-        first, last = chosen.choice(ranges)
-        return "".join(chr(chosen.randint(first, last)) for _ in range(chosen.randint(1, 8)))
-
-    return [chosen.choice(["", " ", "  "]).join(part() for _ in range(chosen.randint(0, 6))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_tokens_are_those_of_the_tokenizers_library(library: Library, demo_bundle: Path, index: int) -> None:
-    manifest, host = open_bundle(demo_bundle).manifest, HostBundle(library, demo_bundle)
-    entry = manifest.tokenizers[index]
-    tokenizer = Tokenizer.from_file(str(demo_bundle / entry.path))
-    many = texts(10_000, seed=index)
-    whole = [len(encoding.ids) for encoding in tokenizer.encode_batch(many)]
-    tokenizer.enable_truncation(entry.length)
-    tokenizer.enable_padding(length=entry.length, pad_id=entry.pad_id, pad_token=tokenizer.id_to_token(entry.pad_id))
-    for text, encoding, needed in zip(many, tokenizer.encode_batch(many), whole, strict=True):
-        assert host.tokenize(index, text) == (encoding.ids, needed), ascii(text)
-
-
+# -- text that is none -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("data", [b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\x80"])
 def test_bytes_that_are_no_text_are_refused(library: Library, tiny_bundle: Path, tiny_pipelines: Any, data: bytes) -> None:
     with pytest.raises(HostError, match="valid Unicode") as tokenized:
@@ -304,112 +256,6 @@ def test_bytes_that_are_no_text_are_refused(library: Library, tiny_bundle: Path,
     with pytest.raises(HostError, match="valid Unicode") as drawn:
         tiny_pipelines[0]([data])
     assert tokenized.value.code == drawn.value.code == 2
-
-
-# -- bundles: the same verdict by both readers -------------------------------------------------------------------------
-def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edited(bundle: Path) -> None:
-        file = bundle / "manifest.json"
-        manifest = json.loads(file.read_text())
-        change(manifest)
-        file.write_text(json.dumps(manifest))
-
-    return edited
-
-
-def write(name: str, content: bytes) -> Callable[[Path], None]:
-    def written(bundle: Path) -> None:
-        file = bundle / name
-        file.unlink()  # it may be a link to another bundle's
-        file.write_bytes(content)
-
-    return written
-
-
-def flip(name: str) -> Callable[[Path], None]:
-    def flipped(bundle: Path) -> None:
-        content = bytearray((bundle / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        write(name, bytes(content))(bundle)
-
-    return flipped
-
-
-def list_a_path(name: str) -> Callable[[Path], None]:
-    return edit(lambda m: m["files"].update({name: next(iter(m["files"].values()))}))
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], None], int]] = {
-    "nothing": (lambda bundle: None, 0),
-    "no manifest": (lambda bundle: (bundle / "manifest.json").unlink(), 6),
-    "empty manifest": (write("manifest.json", b""), 6),
-    "half a manifest": (write("manifest.json", b'{"schema_version": 1, "name": '), 6),
-    "an array": (write("manifest.json", b"[1]"), 6),
-    "not UTF-8": (write("manifest.json", b'{"name": "\xff"}'), 6),
-    "too deep": (write("manifest.json", b"[" * 100_000), 6),
-    "newer": (edit(lambda m: m.update(schema_version=2)), 3),
-    "version 0": (edit(lambda m: m.update(schema_version=0)), 6),
-    "version as text": (edit(lambda m: m.update(schema_version="1")), 6),
-    "missing field": (edit(lambda m: m.pop("limits")), 6),
-    "unknown field": (edit(lambda m: m.update(surprise=1)), 6),
-    "unknown inner field": (edit(lambda m: m["target"].update(surprise=1)), 6),
-    "unknown config field": (edit(lambda m: m["models"]["large"]["config"].update(surprise=1)), 0),
-    "wrong type": (edit(lambda m: m.update(name=5)), 6),
-    "no tokenizers": (edit(lambda m: m.update(tokenizers=[])), 6),
-    "bad hash text": (edit(lambda m: m["files"]["scheduler.json"].update(sha256="x")), 6),
-    "absolute path": (list_a_path("/etc/passwd"), 6),
-    "path upwards": (list_a_path("../other"), 6),
-    "path through": (list_a_path("graphs/../../x"), 6),
-    "empty path": (list_a_path(""), 6),
-    "backslash": (list_a_path("a\\b"), 6),
-    "NUL": (list_a_path("a\0b"), 6),
-    "unlisted": (edit(lambda m: m["files"].pop("scheduler.json")), 6),
-    "listed but missing": (list_a_path("nowhere"), 6),
-    "no large model": (edit(lambda m: m["models"].pop("large")), 6),
-    "model without heads": (edit(lambda m: m["models"]["small"]["config"].pop("num_attention_heads")), 6),
-    "graphs only": (edit(lambda m: m.update(state="graphs")), 3),
-    "older glue": (edit(lambda m: m["graphs"].pop("advance")), 3),
-    "another scheduler": (write("scheduler.json", b'{"_class_name": "EulerDiscreteScheduler"}'), 3),
-    "stochastic scheduler": (
-        write("scheduler.json", b'{"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": true}'),
-        3,
-    ),
-    "scheduler that is no JSON": (write("scheduler.json", b"{"), 6),
-    "one byte of weights": (flip("graphs/small/diffusion_pytorch_model.safetensors"), 6),
-    "one byte of a tokenizer": (flip("tokenizers/tokenizer.json"), 6),
-    "one byte of glue": (flip("graphs/glue/score.onnx"), 6),
-    "a shorter file": (write("graphs/glue/score.onnx", b""), 6),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_both_readers_have_the_same_verdict(library: Library, bundle_copy: Path, name: str) -> None:
-    damage, code = DAMAGE[name]
-    damage(bundle_copy)
-    for opened, raised in ((open_bundle, HstError), (lambda path: HostBundle(library, path), HostError)):
-        if code == 0:
-            opened(bundle_copy)
-            continue
-        with pytest.raises(raised) as caught:
-            opened(bundle_copy)
-        assert code == (caught.value.exit_code if isinstance(caught.value, HstError) else caught.value.code)
-
-
-def test_a_link_that_leads_outside_is_refused_by_both(library: Library, bundle_copy: Path, tmp_path: Path) -> None:
-    inside, outside = bundle_copy / "scheduler.json", tmp_path / "scheduler.json"
-    inside.rename(outside)
-    inside.symlink_to(outside)
-    with pytest.raises(HstError, match="outside"):
-        open_bundle(bundle_copy)
-    with pytest.raises(HostError, match="outside") as caught:
-        HostBundle(library, bundle_copy)
-    assert caught.value.code == 6
-
-
-def test_a_missing_bundle_is_4(library: Library, tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="no bundle") as caught:
-        HostBundle(library, tmp_path / "nothing.hstb")
-    assert caught.value.code == 4
 
 
 # -- what a host may do wrong ------------------------------------------------------------------------------------------
@@ -522,7 +368,7 @@ def test_another_version_is_refused(library: Library) -> None:
 
 
 def test_an_installed_host_is_found_by_cmake(built: Path, tmp_path: Path) -> None:
-    subprocess.run(["cmake", "--install", built, "--prefix", tmp_path / "installed"], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--install", built, "--prefix", tmp_path / "installed"], check=True, capture_output=True)
     source = tmp_path / "host"
     source.mkdir()
     (source / "CMakeLists.txt").write_text(
@@ -532,9 +378,9 @@ def test_an_installed_host_is_found_by_cmake(built: Path, tmp_path: Path) -> Non
     (source / "host.cpp").write_text(
         "#include <hst_trt.hpp>\nint main() { return hst_api_version() == HST_API_VERSION ? 0 : 1; }\n"
     )
-    options = [f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}", "-G", "Ninja"]
-    subprocess.run(["cmake", "-S", source, "-B", tmp_path / "b", *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", tmp_path / "b"], check=True, capture_output=True)
+    options = [f"-DCMAKE_PREFIX_PATH={tmp_path / 'installed'}"]
+    subprocess.run([CMAKE, "-S", source, "-B", tmp_path / "b", *options], check=True, capture_output=True)
+    subprocess.run([CMAKE, "--build", tmp_path / "b"], check=True, capture_output=True)
     assert subprocess.run([tmp_path / "b" / "host"], check=False).returncode == 0
 
 

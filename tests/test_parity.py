@@ -199,7 +199,7 @@ def test_every_solver_is_exact_where_the_flow_is_straight() -> None:
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
 def test_token_ids_are_those_of_transformers(pipeline, name: str) -> None:
     entry = pipeline.bundle.manifest.tokenizers[int(name[-1]) - 1 if name[-1].isdigit() else 0]
-    ours = PromptTokenizer(pipeline.bundle.path / entry.path, entry.length, entry.pad_id)
+    ours = PromptTokenizer(pipeline.bundle.read(entry.path), "tokenizer", entry.length, entry.pad_id)
     theirs = AutoTokenizer.from_pretrained(PAIR / name)
     rng = np.random.default_rng(0)
     alphabet = list("abc XYZ,.!?'\"-_0123 äßñçéñ 汉字 🦊🎉 \t\n<|>") + ["<|endoftext|>", "</s>", "castle", "apple"]

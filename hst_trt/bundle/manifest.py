@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..recipe import Defaults, Limits
 from ..schedule import Solver
+from ..spec import MAX_COUNT
+from ..tensor_names import TEXT_ENCODERS
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -29,6 +32,12 @@ __all__ = [
 SCHEMA_VERSION = 1
 
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+
+
+def _key(tokens: object) -> object:
+    """A number of tokens as a key of JSON, which is a text: decimal digits, written in one way only."""
+    return int(tokens) if isinstance(tokens, str) and re.fullmatch("[1-9][0-9]{0,17}", tokens) else tokens
 
 
 class _Entry(BaseModel):
@@ -70,7 +79,7 @@ class ModelEntry(_Entry):
 
 class TokenizerEntry(_Entry):
     path: str
-    length: int = Field(gt=0)
+    length: _Count
     pad_id: int = Field(ge=0)
 
 
@@ -119,7 +128,9 @@ class CostsEntry(_Entry):
     height: int = Field(gt=0)  # pixels
     width: int = Field(gt=0)
     date: str  # ISO 8601 day, UTC
-    large_seconds: dict[Annotated[int, Field(gt=0)], _Seconds] = Field(min_length=1)  # by the image tokens that are computed
+    large_seconds: dict[Annotated[int, Field(gt=0, strict=True), BeforeValidator(_key)], _Seconds] = Field(
+        min_length=1
+    )  # by the image tokens that are computed
     small_seconds: _Seconds
     text_seconds: _Seconds
     vae_seconds: _Seconds
@@ -168,7 +179,7 @@ class CalibrationEntry(_Entry):
 class Manifest(_Entry):
     """``manifest.json``."""
 
-    schema_version: int = Field(strict=True, ge=1)
+    schema_version: int = Field(ge=1)
     name: str
     created_by: str
     created: str  # ISO 8601, UTC
@@ -176,15 +187,15 @@ class Manifest(_Entry):
     target: TargetEntry
     recipe: str
     models: dict[str, ModelEntry]
-    vae_scale: int = Field(gt=0)
-    t5_length: int = Field(ge=0)
-    tokenizers: tuple[TokenizerEntry, ...] = Field(min_length=1)
+    vae_scale: _Count
+    t5_length: int = Field(ge=0, le=MAX_COUNT)
+    tokenizers: tuple[TokenizerEntry, ...] = Field(min_length=1, max_length=len(TEXT_ENCODERS))
     scheduler: str
     graphs: dict[str, GraphEntry]
     engines: dict[str, EngineEntry] = {}  # by the name of the graph
     defaults: Defaults
     limits: Limits
-    bucket_ratios: tuple[float, ...]
+    bucket_ratios: tuple[Annotated[float, Field(gt=0, le=1)], ...]
     files: dict[str, FileEntry]
     parts: dict[str, PartEntry]
     costs: tuple[CostsEntry, ...] = ()

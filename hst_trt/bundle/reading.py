@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -15,6 +17,8 @@ from ..disk import user_cache
 from ..errors import IncompatibleError, IntegrityError, MissingError
 from ..schedule import FlowMatchEuler
 from ..spec import PairSpec, TransformerSpec
+from ..tensor_names import LARGE, SMALL, TEXT_ENCODERS, VAE_DECODER
+from . import strict_json
 from .manifest import SCHEMA_VERSION, FileEntry, Manifest
 
 __all__ = ["MANIFEST", "SUFFIX", "Bundle", "bundles_folder", "hash_file", "newest_bundle", "verify_files"]
@@ -22,6 +26,7 @@ __all__ = ["MANIFEST", "SUFFIX", "Bundle", "bundles_folder", "hash_file", "newes
 SUFFIX = ".hstb"
 MANIFEST = "manifest.json"
 _CHUNK = 4 * 2**20
+_BUILD_AGAIN = "run `hst-trt build --force` again"
 
 
 class Bundle:
@@ -53,21 +58,31 @@ class Bundle:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        for name in manifest.files:
-            _contained(folder, name)
+        _check_contained(folder, manifest.files)
         _check_references(folder, manifest)
         bundle = cls(folder, manifest)
         try:
-            _ = bundle.spec, bundle.scheduler
-        except (KeyError, TypeError, ValueError, OSError) as exc:
-            raise IntegrityError(
-                f"{folder} does not describe its models or its scheduler",
-                found=f"{type(exc).__name__}: {exc}",
-                fix="run `hst-trt build --force` again",
-            ) from exc
+            _ = bundle.spec
+        except (KeyError, ValueError) as exc:
+            found = f"{type(exc).__name__}: {exc}"
+            raise IntegrityError(f"{folder} does not describe its models", found=found, fix=_BUILD_AGAIN) from exc
         if check_hashes:
             verify_files(folder, manifest.files, progress)
+            _ = bundle.scheduler
         return bundle
+
+    def read(self, name: str) -> bytes:
+        """A listed file, of which the very bytes that are returned were compared with the manifest.
+
+        Raises:
+            IntegrityError: it is missing, or not the file that was built.
+        """
+        try:
+            content = _read(self.path / name)
+        except OSError as exc:
+            raise _unreadable(self.path, name, exc) from exc
+        _compare(self.path, name, self.manifest.files[name], len(content), hashlib.sha256(content).hexdigest())
+        return content
 
     @property
     def spec(self) -> PairSpec:
@@ -83,9 +98,19 @@ class Bundle:
             t5_length=self.manifest.t5_length,
         )
 
-    @property
+    @cached_property
     def scheduler(self) -> FlowMatchEuler:
-        return FlowMatchEuler.from_config(json.loads((self.path / self.manifest.scheduler).read_text()))
+        """The scheduler's settings, read when they are first asked for.
+
+        Raises:
+            IntegrityError: the file is damaged.
+            IncompatibleError: another scheduler, or a setting that the loop cannot run.
+        """
+        content = self.read(self.manifest.scheduler)
+        try:
+            return FlowMatchEuler.from_config(strict_json.parse(content))
+        except ValueError as exc:
+            raise IntegrityError(f"{self.path} does not describe its scheduler", found=str(exc), fix=_BUILD_AGAIN) from exc
 
     def graph_paths(self) -> dict[str, Path]:
         return {name: self.path / graph.path for name, graph in self.manifest.graphs.items()}
@@ -96,38 +121,41 @@ def _read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise MissingError(f"there is no bundle at {folder}", fix="run `hst-trt build` to make one")
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        content = _read(file)
+        table = strict_json.parse(content)
     except FileNotFoundError:
         raise IntegrityError(
             f"{folder} is not a complete bundle: it has no {MANIFEST}",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
             fix="give the folder of a bundle, or run `hst-trt build` to make one",
         ) from None
-    except (OSError, ValueError, RecursionError) as exc:
+    except (OSError, ValueError) as exc:
         raise IntegrityError(f"{file} cannot be read", found=str(exc), fix="run `hst-trt build` again") from exc
     version = table.get("schema_version") if isinstance(table, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version > SCHEMA_VERSION:  # before the fields, which are those of that version
         raise IncompatibleError(
             f"{folder} was written by a newer hst_trt",
             found=f"bundle schema {version}, this version reads up to {SCHEMA_VERSION}",
             fix="upgrade hst_trt, or build the bundle again with this version",
         )
     try:
-        return Manifest.model_validate(table)
+        return Manifest.model_validate_json(content, strict=True)  # of JSON: its arrays become our tuples
     except ValidationError as exc:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:4])
         raise IntegrityError(f"{file} is not a valid manifest", found=problems, fix="run `hst-trt build` again") from exc
 
 
-def _contained(folder: Path, name: str) -> Path:
-    """The file `name` of the bundle, refused if it or a link in it leads outside."""
-    parts = PurePosixPath(name).parts
-    path = folder / name
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-        raise IntegrityError(f"{folder} names a path outside itself", found=name, fix="do not use this bundle")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise IntegrityError(f"{folder}: {name} is a link that leads outside the bundle", fix="do not use this bundle")
-    return path
+def _check_contained(folder: Path, names: Iterable[str]) -> None:
+    home = folder.resolve()
+    for name in names:
+        if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise IntegrityError(f"{folder} names a path outside itself", found=name, fix="do not use this bundle")
+        try:
+            inside = (home / name).resolve().is_relative_to(home)
+        except (OSError, RuntimeError):  # links in a circle
+            inside = False
+        if not inside:
+            raise IntegrityError(f"{folder}: {name} is a link that leads outside the bundle", fix="do not use this bundle")
 
 
 def _check_references(folder: Path, manifest: Manifest) -> None:
@@ -138,10 +166,18 @@ def _check_references(folder: Path, manifest: Manifest) -> None:
     unlisted = sorted(named - manifest.files.keys())
     if unlisted:
         raise IntegrityError(
-            f"{folder} uses files that its manifest does not list",
-            found=", ".join(unlisted[:4]),
-            fix="run `hst-trt build --force` again",
+            f"{folder} uses files that its manifest does not list", found=", ".join(unlisted[:4]), fix=_BUILD_AGAIN
         )
+    needed = {LARGE, SMALL, VAE_DECODER, *TEXT_ENCODERS[: len(manifest.tokenizers)]}
+    if missing := sorted(needed - manifest.graphs.keys()):
+        raise IntegrityError(f"{folder} lacks graphs of its models", found=", ".join(missing), fix=_BUILD_AGAIN)
+
+
+def _read(path: Path) -> bytes:
+    """A whole file; only a plain one, since opening a pipe would wait for its writer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    return path.read_bytes()
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -168,22 +204,27 @@ def verify_files(folder: Path, files: dict[str, FileEntry], progress: Callable[[
         name, entry = item
         path = folder / name
         try:
-            size = path.stat().st_size
-            digest = hash_file(path, advance) if size == entry.bytes else None
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "not a plain file")
+            digest = hash_file(path, advance) if status.st_size == entry.bytes else ""
         except OSError as exc:
-            raise IntegrityError(
-                f"{folder}: {name} is missing or cannot be read",
-                found=exc.strerror,
-                fix="run `hst-trt build --force` again",
-            ) from exc
-        if digest != entry.sha256:
-            found = f"sha256 {digest}" if digest else f"{size} bytes instead of {entry.bytes}"
-            raise IntegrityError(
-                f"{folder}: {name} is not the file that was built", found=found, fix="run `hst-trt build --force` again"
-            )
+            raise _unreadable(folder, name, exc) from exc
+        _compare(folder, name, entry, status.st_size, digest)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(check, files.items()))
+
+
+def _unreadable(folder: Path, name: str, exc: OSError) -> IntegrityError:
+    return IntegrityError(f"{folder}: {name} is missing or cannot be read", found=exc.strerror, fix=_BUILD_AGAIN)
+
+
+def _compare(folder: Path, name: str, entry: FileEntry, size: int, digest: str) -> None:
+    """Refuses a file that is not the one of the manifest."""
+    if (size, digest) != (entry.bytes, entry.sha256):
+        found = f"{size} bytes instead of {entry.bytes}" if size != entry.bytes else f"sha256 {digest}"
+        raise IntegrityError(f"{folder}: {name} is not the file that was built", found=found, fix=_BUILD_AGAIN)
 
 
 def bundles_folder() -> Path:

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "arguments.h"
 #include "hst_trt.hpp"
 #include "png.h"
 
@@ -20,27 +21,13 @@ constexpr const char *kHelp =
     "--solver, --timestep-spacing, --threads; they mean what they mean for `hst-trt run`.\n"
     "HST_ONNXRUNTIME names ONNX Runtime's shared library.\n";
 
-int whole(const std::string &text) {
-  size_t used = 0;
-  const int value = std::stoi(text, &used);
-  if (used != text.size()) throw std::invalid_argument(text);
-  return value;
-}
-
-double number(const std::string &text) {
-  size_t used = 0;
-  const double value = std::stod(text, &used);
-  if (used != text.size()) throw std::invalid_argument(text);
-  return value;
-}
-
 int run(int count, char **arguments) {
   if (count < 4 || count % 2 != 0) {
     std::cerr << kHelp;
     return kUsage;
   }
   hst::Request request({arguments[2]});
-  int threads = 0;
+  hst_pipeline_params params = hst::pipeline_params();
   const std::map<std::string, std::function<void(char *)>> options{
       {"--seed", [&](char *value) { request.seeds({static_cast<uint64_t>(std::stoull(value))}); }},
       {"--schedule", [&](char *value) { request->schedule = value; }},
@@ -52,7 +39,7 @@ int run(int count, char **arguments) {
       {"--mask-ratio", [&](char *value) { request->mask_ratio = number(value); }},
       {"--solver", [&](char *value) { request->solver = value; }},
       {"--timestep-spacing", [&](char *value) { request->timestep_spacing = value; }},
-      {"--threads", [&](char *value) { threads = whole(value); }},
+      {"--threads", [&](char *value) { params.threads = whole(value); }},
   };
   for (int i = 4; i < count; i += 2) {
     const auto option = options.find(arguments[i]);
@@ -73,12 +60,13 @@ int run(int count, char **arguments) {
   });
 
   const hst::Bundle bundle(arguments[1]);
-  const hst::Pipeline pipeline(bundle, threads);
+  const hst::Pipeline pipeline(bundle, params);
   const hst::Result result = pipeline(request);
   write_png(arguments[3], result.rgb(0), result.width(), result.height());
 
   const hst_times times = result.times();
   std::cerr << "text " << times.text << " s, denoise " << times.denoise << " s, decode " << times.vae << " s\n";
+  for (const std::string &warning : result.warnings()) std::cerr << "warning: " << warning << "\n";
   std::cout << arguments[3] << "\n";
   return 0;
 }

@@ -2,10 +2,13 @@
 
 #include <zlib.h>
 
-#include <cstring>
-#include <fstream>
-#include <stdexcept>
-#include <vector>
+#include <cerrno>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <system_error>
+
+#include "hst_trt.hpp"
 
 namespace {
 
@@ -18,6 +21,18 @@ void put_chunk(std::string &out, const std::string &kind, const std::string &dat
   const std::string body = kind + data;
   out += body;
   put_number(out, static_cast<uint32_t>(crc32(0, reinterpret_cast<const Bytef *>(body.data()), static_cast<uInt>(body.size()))));
+}
+
+// All of it or none: of a regular file nothing is left if it cannot be finished.
+void write_file(const std::string &path, const std::string &content) {
+  const std::unique_ptr<FILE, int (*)(FILE *)> file(std::fopen(path.c_str(), "wb"), &std::fclose);
+  const bool whole = file && std::fwrite(content.data(), 1, content.size(), file.get()) == content.size() && std::fflush(file.get()) == 0;
+  if (whole) return;
+  const int why = errno;
+  std::error_code ignored;
+  if (file && std::filesystem::is_regular_file(path, ignored)) std::filesystem::remove(path, ignored);
+  const bool full = why == ENOSPC || why == EDQUOT || why == EFBIG;
+  throw hst::Error(full ? HST_RESOURCE : HST_REQUEST, path + " cannot be written: " + std::generic_category().message(why));
 }
 
 }  // namespace
@@ -33,7 +48,7 @@ void write_png(const std::string &path, const uint8_t *rgb, int width, int heigh
   uLongf size = compressBound(static_cast<uLong>(rows.size()));
   std::string packed(size, '\0');
   if (compress(reinterpret_cast<Bytef *>(packed.data()), &size, reinterpret_cast<const Bytef *>(rows.data()), static_cast<uLong>(rows.size())) != Z_OK) {
-    throw std::runtime_error("the picture could not be compressed");
+    throw hst::Error(HST_RESOURCE, "the picture could not be compressed");
   }
   packed.resize(size);
 
@@ -45,7 +60,5 @@ void write_png(const std::string &path, const uint8_t *rgb, int width, int heigh
   put_chunk(out, "IHDR", header);
   put_chunk(out, "IDAT", packed);
   put_chunk(out, "IEND", "");
-  std::ofstream file(path, std::ios::binary);
-  file.write(out.data(), static_cast<std::streamsize>(out.size()));
-  if (!file.flush()) throw std::runtime_error(path + " cannot be written");
+  write_file(path, out);
 }

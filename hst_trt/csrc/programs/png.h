@@ -4,5 +4,5 @@
 #include <cstdint>
 #include <string>
 
-// Throws std::runtime_error if the file cannot be written. rgb: [height, width, 3].
+// Throws hst::Error if the file cannot be written: HST_RESOURCE where the disk is full, else HST_REQUEST. rgb: [height, width, 3].
 void write_png(const std::string &path, const uint8_t *rgb, int width, int height);

@@ -1,6 +1,7 @@
 // What a backend must offer: buffers, and engines that run on them: hst_trt/runtime/engine.py. The loop knows nothing else of one.
 //
-// A call is prepared once for fixed buffers, which fixes every shape and address, and then executed any number of times.
+// A call is prepared once for fixed buffers, which fixes every shape and address, and then executed any number of times. Where a
+// backend can record what it enqueues, it has a recorder.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +9,11 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <numeric>
+#include <new>
 #include <string>
 #include <vector>
+
+#include "machine.h"
 
 namespace hst_trt {
 
@@ -34,7 +37,14 @@ inline size_t item_bytes(DType dtype) {
 
 using Shape = std::vector<int64_t>;
 
-inline int64_t elements(const Shape &shape) { return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>()); }
+// Throws std::bad_alloc where there are more than can be counted.
+inline int64_t elements(const Shape &shape) {
+  int64_t count = 1;
+  for (const int64_t length : shape) {
+    if (length < 0 || __builtin_mul_overflow(count, length, &count) || count > PTRDIFF_MAX / 8) throw std::bad_alloc();
+  }
+  return count;
+}
 
 // Memory of a fixed shape and type at a fixed address. Only the backend that made it looks inside.
 class Buffer {
@@ -74,12 +84,32 @@ class Engine {
   virtual std::unique_ptr<PreparedCall> prepare(const Bindings &bindings) = 0;
 };
 
+// A point in time: when everything that was executed before is done.
+class Mark {
+ public:
+  virtual ~Mark() = default;
+};
+using MarkPtr = std::shared_ptr<Mark>;
+
+// Runs bodies of calls, and replays what it recorded of them. It keeps what it recorded only as long as it lives.
+class Recorder {
+ public:
+  virtual ~Recorder() = default;
+  // Does what `body` does. `key` must hold everything that decides which calls `body` makes on which buffers: a body that was recorded
+  // under an equal key is replayed, and not called.
+  virtual void run(const std::string &key, const std::function<void()> &body) = 0;
+};
+
 // Not for use by two threads at once. Its functions throw Error.
 class Backend {
  public:
   virtual ~Backend() = default;
+  virtual Machine machine() const = 0;                   // what computes
   virtual Engine &engine(const std::string &name) = 0;   // loaded on first use and kept
-  virtual void release(const std::string &name) = 0;     // calls prepared from it must be gone
+  virtual void release(const std::string &name) = 0;     // calls prepared from it, and recordings with them, must be gone
+  virtual std::shared_ptr<Recorder> recorder() = 0;      // a new one; null where calls cannot be recorded
+  // What makes runs slower than they have to be, for the user to know; empty for nothing.
+  virtual std::string warning() const = 0;
   virtual BufferPtr empty(const Shape &shape, DType dtype) = 0;
   // The first elements of a buffer under another shape, sharing its memory.
   virtual BufferPtr view(const BufferPtr &buffer, const Shape &shape) = 0;
@@ -90,6 +120,8 @@ class Backend {
   // The one-way row move of a mask change, in place (engines/README.md). caches: [R, heads, rows, head_dim]; partner: [B, N];
   // slots below `first` stay as they are; text_rows: for each cache, how many rows stand before slot 0.
   virtual void move_rows(const std::vector<BufferPtr> &caches, const Buffer &partner, int64_t first, const std::vector<int64_t> &text_rows) = 0;
+  virtual MarkPtr mark() = 0;
+  virtual double elapsed(const Mark &start, const Mark &end) = 0;  // seconds; waits until `end` is reached
 };
 
 }  // namespace hst_trt

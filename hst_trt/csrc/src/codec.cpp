@@ -15,6 +15,24 @@ int64_t last_axis(const std::map<std::string, TensorInfo> &tensors, const std::s
   return found->second.shape.back();
 }
 
+// Where each value of the tokens [images, h w, C p p] lies in the latents.
+std::vector<size_t> latent_places(const PairSpec &spec, int64_t images, int64_t h, int64_t w) {
+  const int64_t p = spec.patch_size, c = spec.latent_channels;
+  std::vector<size_t> places;
+  places.reserve(static_cast<size_t>(images * h * w * c * p * p));
+  for (int64_t token = 0; token < images * h * w; ++token) {
+    const int64_t image = token / (h * w), i = token / w % h, j = token % w;
+    for (int64_t channel = 0; channel < c; ++channel) {
+      for (int64_t y = 0; y < p; ++y) {
+        for (int64_t x = 0; x < p; ++x) {
+          places.push_back(static_cast<size_t>(((image * c + channel) * h * p + i * p + y) * w * p + j * p + x));
+        }
+      }
+    }
+  }
+  return places;
+}
+
 }  // namespace
 
 Encoder::Encoder(Backend &backend, const PairSpec &spec, size_t encoders, int64_t prompts, int64_t rows) : backend_(backend) {
@@ -71,19 +89,17 @@ std::vector<uint8_t> Decoder::operator()(const std::vector<float> &tokens) {
 }
 
 std::vector<float> patchify(const float *latents, const PairSpec &spec, int64_t images, int64_t h, int64_t w) {
-  const int64_t p = spec.patch_size, c = spec.latent_channels;
-  std::vector<float> tokens(static_cast<size_t>(images * h * w * c * p * p));
-  for (int64_t token = 0, at = 0; token < images * h * w; ++token) {
-    const int64_t image = token / (h * w), i = token / w % h, j = token % w;
-    for (int64_t channel = 0; channel < c; ++channel) {
-      for (int64_t y = 0; y < p; ++y) {
-        for (int64_t x = 0; x < p; ++x, ++at) {
-          tokens[static_cast<size_t>(at)] = latents[((image * c + channel) * h * p + i * p + y) * w * p + j * p + x];
-        }
-      }
-    }
-  }
+  const std::vector<size_t> places = latent_places(spec, images, h, w);
+  std::vector<float> tokens(places.size());
+  for (size_t i = 0; i < places.size(); ++i) tokens[i] = latents[places[i]];
   return tokens;
+}
+
+std::vector<float> unpatchify(const float *tokens, const PairSpec &spec, int64_t images, int64_t h, int64_t w) {
+  const std::vector<size_t> places = latent_places(spec, images, h, w);
+  std::vector<float> latents(places.size());
+  for (size_t i = 0; i < places.size(); ++i) latents[places[i]] = tokens[i];
+  return latents;
 }
 
 }  // namespace hst_trt

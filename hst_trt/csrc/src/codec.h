@@ -41,5 +41,7 @@ class Decoder {
 
 // Latents [images, C, h p, w p] to tokens [images, h w, C p p], each token's values in (C, p, p) order.
 std::vector<float> patchify(const float *latents, const PairSpec &spec, int64_t images, int64_t h, int64_t w);
+// The inverse of `patchify`.
+std::vector<float> unpatchify(const float *tokens, const PairSpec &spec, int64_t images, int64_t h, int64_t w);
 
 }  // namespace hst_trt

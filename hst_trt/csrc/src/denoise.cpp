@@ -1,6 +1,11 @@
 #include "denoise.h"
 
-#include <chrono>
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "numpy_random.h"
 
 namespace hst_trt {
 namespace {
@@ -14,25 +19,43 @@ void sketch(Workspace &ws, const Step &step) {
   }
 }
 
-// Draws the mask of the step `next` from predictions `fresh` of whose tokens the large model computed.
-int64_t redraw(Workspace &ws, const StitchPlan &plan, const Step &next, int64_t fresh) {
+// [images, h w], 1 for `tokens` tokens of each image; an image's mask does not depend on how many follow it.
+std::vector<uint8_t> random_mask(uint64_t seed, size_t t, const RequestShape &shape, int64_t tokens) {
+  const auto n = static_cast<size_t>(shape.tokens()), count = static_cast<size_t>(shape.images) * n;
+  const std::vector<double> lots = numpy_uniform(seed, t, count);
+  std::vector<uint8_t> mask(count);
+  std::vector<size_t> order(n);
+  for (size_t image = 0; image < count; image += n) {
+    std::iota(order.begin(), order.end(), image);
+    std::sort(order.begin(), order.end(), [&lots](size_t a, size_t b) { return lots[a] < lots[b]; });
+    for (size_t i = 0; i < static_cast<size_t>(tokens); ++i) mask[order[i]] = 1;
+  }
+  return mask;
+}
+
+// Draws the mask of step t from the predictions of the step before, `fresh` of whose tokens the large model computed.
+int64_t redraw(Workspace &ws, const StitchPlan &plan, size_t t, int64_t fresh) {
+  const Step &next = plan.steps[t];
   ws.score(fresh);
   const int64_t tokens =
       next.large_tokens == kByThreshold ? bucket_for(static_cast<double>(ws.count()), plan.request.buckets) : next.large_tokens;
+  if (plan.mask && plan.mask->random_seed) ws.impose(random_mask(*plan.mask->random_seed, t, ws.shape, tokens));
   if (tokens < plan.request.num_tokens) ws.select(tokens);
   return tokens;
 }
 
 }  // namespace
 
-std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks, const std::function<bool(int64_t)> &on_step_end) {
+std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks,
+                                const std::function<bool(int64_t, const StepRecord &)> &on_step_end) {
   const int64_t n = plan.request.num_tokens;
   const bool looks_back = plan.looks_back();
   std::vector<StepRecord> records;
+  std::vector<std::pair<MarkPtr, MarkPtr>> spans;
   std::vector<float> changes;
   int64_t drawn = 0;  // tokens in the mask that the last redraw left
   for (size_t t = 0; t < plan.steps.size(); ++t) {
-    const auto start = std::chrono::steady_clock::now();
+    const MarkPtr start = ws.mark();
     ws.advance();
     Step step = plan.steps[t];
     const int64_t tokens = step.large_tokens == kByThreshold ? drawn : step.large_tokens;
@@ -64,12 +87,17 @@ std::vector<StepRecord> denoise(Workspace &ws, StitchPlan plan, bool keep_masks,
 
     std::vector<uint8_t> mask;
     if (keep_masks && 0 < tokens && tokens < n) mask = ws.active_mask(tokens);
-    if (step.redraw) drawn = redraw(ws, plan, plan.steps[t + 1], tokens);
+    if (step.redraw) drawn = redraw(ws, plan, t + 1, tokens);
     ws.integrate();
     if (looks_back) ws.remember();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    records.push_back({step, tokens, seconds.count(), std::move(mask)});
-    if (!on_step_end(static_cast<int64_t>(t) + 1)) break;
+    const MarkPtr end = ws.mark();
+    spans.emplace_back(start, end);
+    const double seconds = ws.records() ? std::numeric_limits<double>::quiet_NaN() : ws.elapsed(*start, *end);
+    records.push_back({step, tokens, seconds, std::move(mask)});
+    if (!on_step_end(static_cast<int64_t>(t), records.back())) break;
+  }
+  for (size_t t = records.size(); t-- > 0;) {  // the last one first: whoever waits for it waits once
+    records[t].seconds = ws.elapsed(*spans[t].first, *spans[t].second);
   }
   return records;
 }

@@ -1,6 +1,7 @@
 // The one exception of the host: the tree of hst_trt/errors.py with its exit codes, flattened to a code.
 #pragma once
 
+#include <algorithm>
 #include <exception>
 #include <string>
 
@@ -15,6 +16,7 @@ class Error : public std::exception {
       : code_(code), text_(std::move(problem)) {
     if (!found.empty()) text_ += "\nfound: " + found;
     if (!fix.empty()) text_ += "\nto do: " + fix;
+    std::replace(text_.begin(), text_.end(), '\0', ' ');  // a file's text may hold it, and a message ends at it
   }
   int code() const noexcept { return code_; }
   const char *what() const noexcept override { return text_.c_str(); }

@@ -8,14 +8,14 @@
 namespace hst_trt::json {
 namespace {
 
-constexpr int kMaxDepth = 200;  // far beyond any manifest, far below what a thread's stack takes
+constexpr int kMaxLevels = 200;  // of arrays and objects: far beyond any manifest, far below what a thread's stack takes
 
 class Parser {
  public:
   explicit Parser(std::string_view text) : text_(text) {}
 
   Value document() {
-    Value value = any(0);
+    Value value = any(kMaxLevels);
     space();
     if (at_ != text_.size()) fail("more after the end");
     return value;
@@ -39,15 +39,16 @@ class Parser {
     return true;
   }
 
-  Value any(int depth) {
-    if (depth > kMaxDepth) fail("too many levels");
+  // levels: how many more arrays and objects may be nested here.
+  Value any(int levels) {
     space();
     if (at_ >= text_.size()) fail("an early end");
+    if (levels == 0 && (text_[at_] == '{' || text_[at_] == '[')) fail("too many levels");
     switch (text_[at_]) {
       case '{':
-        return object(depth);
+        return object(levels);
       case '[':
-        return array(depth);
+        return array(levels);
       case '"':
         return Value(string());
       default:
@@ -58,7 +59,7 @@ class Parser {
     }
   }
 
-  Value object(int depth) {
+  Value object(int levels) {
     Object members;
     ++at_;
     space();
@@ -69,7 +70,8 @@ class Parser {
         std::string key = string();
         space();
         if (!take(':')) fail("no colon after a key");
-        members.insert_or_assign(std::move(key), any(depth + 1));
+        if (members.count(key) > 0) fail("a key that stands twice");
+        members.emplace(std::move(key), any(levels - 1));
         space();
       } while (take(','));
       if (!take('}')) fail("an object that is not closed");
@@ -77,13 +79,13 @@ class Parser {
     return Value(std::make_shared<const Object>(std::move(members)));
   }
 
-  Value array(int depth) {
+  Value array(int levels) {
     Array items;
     ++at_;
     space();
     if (!take(']')) {
       do {
-        items.push_back(any(depth + 1));
+        items.push_back(any(levels - 1));
         space();
       } while (take(','));
       if (!take(']')) fail("an array that is not closed");
@@ -112,10 +114,11 @@ class Parser {
       if (!digits()) fail("no exponent");
     }
     const char *first = text_.data() + start, *last = text_.data() + at_;
-    if (int64_t value = 0; whole && std::from_chars(first, last, value).ec == std::errc()) return Value(value);
-    double value = 0;
-    if (std::from_chars(first, last, value).ec != std::errc()) fail("a number that is out of range");
-    return Value(value);
+    const auto read = [&](auto value) {
+      if (std::from_chars(first, last, value).ec != std::errc()) fail("a number that is out of range");
+      return Value(value);
+    };
+    return whole ? read(int64_t{}) : read(double{});
   }
 
   uint32_t hex4() {

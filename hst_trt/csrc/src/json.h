@@ -1,4 +1,5 @@
-// A JSON reader for manifests and tokenizers: strict (RFC 8259, valid UTF-8, bounded depth), numbers keep whether they are whole.
+// A JSON reader for manifests and tokenizers: hst_trt/bundle/strict_json.py. RFC 8259 without what parsers read differently: no key
+// twice, no half of a character, no number out of range, no deep nesting. Numbers keep whether they are whole.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ namespace hst_trt::json {
 
 class Value;
 using Array = std::vector<Value>;
-using Object = std::map<std::string, Value, std::less<>>;  // of equal keys the last one counts, as in Python
+using Object = std::map<std::string, Value, std::less<>>;
 
 class Value {
  public:

@@ -17,9 +17,30 @@ struct FileEntry {
   int64_t bytes;
 };
 
+struct Axis {
+  std::string name;  // empty where the length is fixed
+  int64_t length;
+};
+
+struct TensorEntry {
+  std::string name, dtype;
+  std::vector<Axis> shape;
+};
+
 struct GraphEntry {
   std::string path;
   std::vector<std::string> weights;
+  std::vector<TensorEntry> inputs, outputs;
+};
+
+struct Range {
+  int64_t least, most;
+};
+using Profile = std::map<std::string, Range>;  // by the name of the axis
+
+struct EngineEntry {
+  std::string path;
+  std::vector<Profile> profiles;
 };
 
 struct TokenizerEntry {
@@ -28,7 +49,17 @@ struct TokenizerEntry {
 };
 
 struct TargetEntry {
-  std::string name, backend, os, arch;
+  std::string name, backend, precision, os, arch, backend_version;
+  std::vector<int64_t> sms;  // compute capabilities, 90 for 9.0
+};
+
+// What was measured on a machine for one request shape: medians, in seconds.
+struct CostsEntry {
+  std::string machine, date;
+  int64_t threads, images, height, width;  // pixels
+  bool guided;
+  std::map<int64_t, double> large_seconds;  // by the image tokens that are computed
+  double small_seconds;
 };
 
 struct Manifest {
@@ -38,7 +69,7 @@ struct Manifest {
   int64_t vae_scale, t5_length;
   std::vector<TokenizerEntry> tokenizers;
   std::map<std::string, GraphEntry> graphs;
-  std::map<std::string, std::string> engines;  // paths
+  std::map<std::string, EngineEntry> engines;
   struct {
     int64_t num_inference_steps, height, width;
     double guidance_scale;
@@ -48,6 +79,7 @@ struct Manifest {
   } limits;
   std::vector<double> bucket_ratios;
   std::map<std::string, FileEntry> files;
+  std::vector<CostsEntry> costs;
 };
 
 // Throws std::invalid_argument, which names the field.

@@ -4,6 +4,7 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -210,10 +211,17 @@ class OrtEngine : public Engine {
   std::map<std::string, TensorInfo> inputs_, outputs_;
 };
 
+// Calls are done when they return, so the time is now.
+struct Now : Mark {
+  const std::chrono::steady_clock::time_point time = std::chrono::steady_clock::now();
+};
+
 class OrtBackend : public Backend {
  public:
-  OrtBackend(const Runtime &runtime, std::map<std::string, std::filesystem::path> graphs, int threads)
-      : runtime_(runtime), graphs_(std::move(graphs)), threads_(threads) {}
+  OrtBackend(const Runtime &runtime, std::function<std::filesystem::path(const std::string &)> graph_file, int threads)
+      : runtime_(runtime), graph_file_(std::move(graph_file)), threads_(threads) {}
+
+  Machine machine() const override { return cpu(threads_); }
 
   Engine &engine(const std::string &name) override {
     auto &slot = engines_[name];
@@ -222,6 +230,8 @@ class OrtBackend : public Backend {
   }
 
   void release(const std::string &name) override { engines_.erase(name); }
+  std::shared_ptr<Recorder> recorder() override { return nullptr; }
+  std::string warning() const override { return ""; }
 
   BufferPtr empty(const Shape &shape, DType dtype) override {
     constexpr size_t kAlignment = 64;
@@ -269,6 +279,11 @@ class OrtBackend : public Backend {
     }
   }
 
+  MarkPtr mark() override { return std::make_shared<Now>(); }
+  double elapsed(const Mark &start, const Mark &end) override {
+    return std::chrono::duration<double>(static_cast<const Now &>(end).time - static_cast<const Now &>(start).time).count();
+  }
+
  private:
   std::unique_ptr<OrtEngine> load(const std::string &name) const {
     const OrtApi &api = *runtime_.api;
@@ -276,10 +291,7 @@ class OrtBackend : public Backend {
     const auto check = [&](OrtStatus *status) {
       if (status) fail(api, status, what);
     };
-    const auto graph = graphs_.find(name);
-    if (graph == graphs_.end()) {
-      throw Error(HST_INTEGRITY, "the bundle has no graph '" + name + "'", "", "run `hst-trt build --force` again");
-    }
+    const std::filesystem::path file = graph_file_(name);
     OrtSessionOptions *raw = nullptr;
     check(api.CreateSessionOptions(&raw));
     const Handle<OrtSessionOptions> options(raw, api.ReleaseSessionOptions);
@@ -290,20 +302,21 @@ class OrtBackend : public Backend {
     // Idle workers must not spin: the sessions of a step take turns, and would steal each other's cores.
     check(api.AddSessionConfigEntry(raw, "session.intra_op.allow_spinning", "0"));
     OrtSession *session = nullptr;
-    check(api.CreateSession(runtime_.env, graph->second.c_str(), raw, &session));
+    check(api.CreateSession(runtime_.env, file.c_str(), raw, &session));
     return std::make_unique<OrtEngine>(api, name, session);
   }
 
   const Runtime &runtime_;
-  std::map<std::string, std::filesystem::path> graphs_;
+  std::function<std::filesystem::path(const std::string &)> graph_file_;
   int threads_;
   std::map<std::string, std::unique_ptr<OrtEngine>> engines_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> open_ort_backend(std::map<std::string, std::filesystem::path> graphs, int threads, const std::string &library) {
-  return std::make_unique<OrtBackend>(runtime_of(library), std::move(graphs), threads);
+std::unique_ptr<Backend> open_ort_backend(std::function<std::filesystem::path(const std::string &name)> graph_file, int threads,
+                                          const std::string &library) {
+  return std::make_unique<OrtBackend>(runtime_of(library), std::move(graph_file), threads);
 }
 
 }  // namespace hst_trt

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <map>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -11,8 +11,9 @@
 
 namespace hst_trt {
 
-// graphs: the file of each graph; threads: of a call, 0 for one per physical core; library: path of the shared library, empty for
+// graph_file: the file of a graph, or Error; threads: of a call, 0 for one per physical core; library: path of the shared library, empty for
 // the environment's HST_ONNXRUNTIME, else where the system looks. Throws Error, HST_MISSING or HST_INCOMPATIBLE.
-std::unique_ptr<Backend> open_ort_backend(std::map<std::string, std::filesystem::path> graphs, int threads, const std::string &library);
+std::unique_ptr<Backend> open_ort_backend(std::function<std::filesystem::path(const std::string &name)> graph_file, int threads,
+                                          const std::string &library);
 
 }  // namespace hst_trt

@@ -11,6 +11,7 @@
 #include "graph_names.h"
 #include "json.h"
 #include "noise.h"
+#include "stats.h"
 #include "unicode.h"
 
 namespace hst_trt {
@@ -85,19 +86,20 @@ double guidance_of(const Bundle &bundle, const Request &request) {
   return scale;
 }
 
-// Start noise [images, C, h p, w p]; `seeds` gets those that were used.
-std::vector<float> start_latents(const Request &request, const PairSpec &spec, const RequestShape &shape, std::vector<uint64_t> &seeds) {
+// Start noise as tokens; `seeds` gets those that were used.
+std::vector<float> start_tokens(const Request &request, const PairSpec &spec, const RequestShape &shape, std::vector<uint64_t> &seeds) {
   const auto count = static_cast<size_t>(shape.tokens() * spec.large.token_channels), images = static_cast<size_t>(shape.images);
-  if (!request.latents.empty()) {
+  const auto tokens = [&](const float *latents) { return patchify(latents, spec, shape.images, shape.h, shape.w); };
+  if (request.latents) {
     if (!request.seeds.empty()) throw Error(HST_REQUEST, "seeds and latents each say what noise to start from", "", "give one of them");
-    if (request.latents.size() != count * images) {
-      throw Error(HST_REQUEST, std::to_string(request.latents.size()) + " latents were given", "this request needs " + std::to_string(count * images));
+    if (request.latent_count != count * images) {
+      throw Error(HST_REQUEST, std::to_string(request.latent_count) + " latents were given", "this request needs " + std::to_string(count * images));
     }
-    return request.latents;
+    return tokens(request.latents);
   }
   seeds = request.seeds;
   if (seeds.empty()) seeds = {std::random_device{}()};
-  if (seeds.size() == 1) return torch_randn(seeds[0], count * images);
+  if (seeds.size() == 1) return tokens(torch_randn(seeds[0], count * images).data());
   if (seeds.size() != images) {
     throw Error(HST_REQUEST, std::to_string(seeds.size()) + " seeds were given for " + std::to_string(images) + " images", "",
                 "give one seed for the whole request, or one for each image");
@@ -107,7 +109,23 @@ std::vector<float> start_latents(const Request &request, const PairSpec &spec, c
     const std::vector<float> one = torch_randn(seed, count);
     noise.insert(noise.end(), one.begin(), one.end());
   }
-  return noise;
+  return tokens(noise.data());
+}
+
+bool is_blank(const std::string &text) {
+  const std::u32string points = unicode::decode(text);
+  return std::all_of(points.begin(), points.end(), [](char32_t point) { return unicode::is_space(point); });
+}
+
+// About the part of a text that its tokenizer cuts off: the longest beginning that would fit alone is left out.
+std::string cut_off(const Tokenizer &tokenize, const std::string &text, size_t length) {
+  const std::u32string points = unicode::decode(text);
+  size_t fits = 0, too_long = points.size();
+  while (too_long - fits > 1) {
+    const size_t middle = fits + (too_long - fits) / 2;
+    (tokenize(unicode::encode(points.substr(0, middle))).needed <= length ? fits : too_long) = middle;
+  }
+  return unicode::encode(points.substr(fits));
 }
 
 class Stopwatch {
@@ -125,23 +143,15 @@ class Stopwatch {
 
 }  // namespace
 
-std::shared_ptr<const Opened> open_for_pipelines(const std::string &path) {
+std::shared_ptr<const Opened> open_for_pipelines(const std::string &path, const OnHash &on_hash) {
   auto opened = std::make_shared<Opened>();
-  opened->bundle = open_bundle(path);
+  opened->bundle = open_bundle(path, on_hash);
   const Manifest &manifest = opened->bundle.manifest;
-  if (manifest.tokenizers.size() > std::size(kTextEncoders)) {
-    throw Error(HST_INTEGRITY, path + " has more tokenizers than there are text encoders", "", "run `hst-trt build --force` again");
-  }
   for (const TokenizerEntry &entry : manifest.tokenizers) {
-    const auto file = opened->bundle.file(entry.path);
     try {
-      opened->tokenizers.emplace_back(json::parse(read_file(file)), entry.length, entry.pad_id);
-    } catch (const Error &) {
-      throw;
-    } catch (const std::bad_alloc &) {
-      throw;
-    } catch (const std::exception &exc) {
-      throw Error(HST_INTEGRITY, file.string() + " is not a tokenizer", exc.what(), "build the bundle again");
+      opened->tokenizers.emplace_back(json::parse(opened->bundle.read(entry.path)), entry.length, entry.pad_id);
+    } catch (const std::invalid_argument &exc) {
+      throw Error(HST_INTEGRITY, path + ": " + entry.path + " is not a tokenizer", exc.what(), "build the bundle again");
     }
   }
   return opened;
@@ -160,15 +170,22 @@ StitchPlan plan_request(const Bundle &bundle, const Request &request) {
 Pipeline::Pipeline(std::shared_ptr<const Opened> opened, std::unique_ptr<Backend> backend, bool low_memory)
     : opened_(std::move(opened)), backend_(std::move(backend)), low_memory_(low_memory) {}
 
-Result Pipeline::generate(const Request &request) {
+RequestShape shape_request(const Bundle &bundle, const Request &request) {
   check_texts(request);
-  const Bundle &bundle = opened_->bundle;
   const int64_t images = image_count(bundle, request);
-  const double scale = guidance_of(bundle, request);
-  const StitchPlan plan = plan_request(bundle, request);
   const auto [h, w] = token_grid(bundle, request);
+  return {images, guidance_of(bundle, request) > 1, h, w};
+}
+
+std::array<int64_t, 4> latent_shape(const PairSpec &spec, const RequestShape &shape) {
+  return {shape.images, spec.latent_channels, shape.h * spec.patch_size, shape.w * spec.patch_size};
+}
+
+Result Pipeline::generate(const Request &request) {
+  const RequestShape shape = shape_request(opened_->bundle, request);
+  const StitchPlan plan = plan_request(opened_->bundle, request);
   try {
-    return draw(request, plan, {images, scale > 1, h, w}, scale);
+    return draw(request, plan, shape);
   } catch (const std::bad_alloc &) {
     drop();
     throw;
@@ -178,12 +195,19 @@ Result Pipeline::generate(const Request &request) {
   }
 }
 
-Result Pipeline::draw(const Request &request, const StitchPlan &plan, const RequestShape &shape, double scale) {
+Result Pipeline::draw(const Request &request, const StitchPlan &plan, const RequestShape &shape) {
   const PairSpec &spec = opened_->bundle.spec;
-  Result result{shape.images, shape.h * spec.token_side(), shape.w * spec.token_side(), shape.h, shape.w, {}, {}, {}, 0, 0, 0};
-  const std::vector<float> noise = patchify(start_latents(request, spec, shape, result.seeds).data(), spec, shape.images, shape.h, shape.w);
+  Result result{};
+  result.shape = shape;
+  result.height = shape.h * spec.token_side();
+  result.width = shape.w * spec.token_side();
+  result.latent_shape = latent_shape(spec, shape);
+  const std::vector<float> noise = start_tokens(request, spec, shape, result.seeds);
 
-  Stopwatch watch;
+  if (std::any_of(request.prompts.begin(), request.prompts.end(), is_blank)) {
+    result.warnings.push_back("a prompt is empty: its picture will show whatever the models draw without one");
+  }
+  const MarkPtr start = backend_->mark();
   std::vector<std::string> different;
   std::vector<int64_t> index;
   for (const std::string &text : row_texts(request, shape.guided)) {
@@ -191,17 +215,9 @@ Result Pipeline::draw(const Request &request, const StitchPlan &plan, const Requ
     index.push_back(found - different.begin());
     if (found == different.end()) different.push_back(text);
   }
-  std::vector<std::vector<int64_t>> ids;
-  for (const Tokenizer &tokenize : opened_->tokenizers) {
-    std::vector<int64_t> all;
-    for (const std::string &text : different) {
-      const std::vector<int64_t> one = tokenize(text).ids;
-      all.insert(all.end(), one.begin(), one.end());
-    }
-    ids.push_back(std::move(all));
-  }
+  const std::vector<std::vector<int64_t>> ids = tokens_of(different, result.warnings);
   const TextFeatures text = encoder(static_cast<int64_t>(different.size()), static_cast<int64_t>(index.size()))(ids, index);
-  result.text_seconds = watch.lap();
+  result.text_seconds = backend_->elapsed(*start, *backend_->mark());
   if (low_memory_) {
     encoder_.reset();
     for (const char *name : kTextEncoders) backend_->release(name);
@@ -212,24 +228,37 @@ Result Pipeline::draw(const Request &request, const StitchPlan &plan, const Requ
   Workspace &ws = workspace(shape);
   const auto steps = static_cast<int64_t>(plan.steps.size());
   const StepTable table = opened_->bundle.scheduler.table(steps, plan.request.sampling);
-  ws.begin(noise, text, table, scale, plan.mask.value_or(MaskRule{}), plan.correction);
-  watch.lap();
-  result.records = denoise(ws, plan, request.keep_masks,
-                           [&](int64_t done) { return !request.progress || request.progress(done, steps); });
+  ws.begin(noise, text, table, guidance_of(opened_->bundle, request), plan.mask.value_or(MaskRule{}), plan.correction);
+  Next next = Next::kGoOn;
+  const auto on_step_end = [&](int64_t t, const StepRecord &record) {
+    if (!request.on_step_end) return true;
+    next = request.on_step_end({t, steps, static_cast<double>(table.timesteps[static_cast<size_t>(t)]), record, noise.size(),
+                                [&] { return unpatchify(ws.latents().data(), spec, shape.images, shape.h, shape.w); },
+                                [&](const float *latents) { ws.set_latents(patchify(latents, spec, shape.images, shape.h, shape.w)); }});
+    return next == Next::kGoOn;
+  };
+  Stopwatch watch;
+  result.records = denoise(ws, plan, request.keep_masks, on_step_end);
   result.denoise_seconds = watch.lap();
-  if (static_cast<int64_t>(result.records.size()) < steps) {
+  if (next == Next::kCancel) {
     throw Error(HST_CANCELLED, "the run was cancelled after " + std::to_string(result.records.size()) + " of " + std::to_string(steps) + " steps");
   }
+  if (const std::string slower = backend_->warning(); !slower.empty()) result.warnings.push_back(slower);
   if (!ws.is_finite()) {
     throw Error(HST_NUMERICS, "the denoised latents are not finite, so there is no picture to decode", "",
                 "lower the guidance scale, or run `hst-trt verify` on the bundle");
   }
   const std::vector<float> tokens = ws.latents();
+  result.engine_seconds.assign(ws.seconds().begin(), ws.seconds().end());
+  result.costs = call_costs(opened_->bundle, shape, backend_->machine());
+  result.stats = run_stats(shape.tokens(), result.records, result.costs, result.denoise_seconds, ws.seconds());
   if (low_memory_) {
     workspace_.reset();
     for (const char *name : {"large", "small"}) backend_->release(name);
   }
 
+  if (request.keep_latents) result.latents = unpatchify(tokens.data(), spec, shape.images, shape.h, shape.w);
+  if (!request.rgb) return result;
   watch.lap();
   result.pixels = decoder(shape.h, shape.w)(tokens);
   result.vae_seconds = watch.lap();
@@ -238,6 +267,25 @@ Result Pipeline::draw(const Request &request, const StitchPlan &plan, const Requ
     backend_->release("vae_decoder");
   }
   return result;
+}
+
+// The tokens of each text for every encoder, and what of the texts they leave out.
+std::vector<std::vector<int64_t>> Pipeline::tokens_of(const std::vector<std::string> &texts, std::vector<std::string> &warnings) const {
+  std::vector<std::vector<int64_t>> ids;
+  for (size_t i = 0; i < opened_->tokenizers.size(); ++i) {
+    const Tokenizer &tokenize = opened_->tokenizers[i];
+    std::vector<int64_t> all;
+    for (const std::string &text : texts) {
+      const Tokenizer::Encoding one = tokenize(text);
+      all.insert(all.end(), one.ids.begin(), one.ids.end());
+      if (one.needed <= one.ids.size()) continue;
+      const std::string name = std::filesystem::path(opened_->bundle.manifest.tokenizers[i].path).stem().string();
+      warnings.push_back("the prompt is too long for the " + std::to_string(one.ids.size()) + " tokens of " + name + "; this part was cut off: '" +
+                         cut_off(tokenize, text, one.ids.size()) + "'");
+    }
+    ids.push_back(std::move(all));
+  }
+  return ids;
 }
 
 Encoder &Pipeline::encoder(int64_t prompts, int64_t rows) {

@@ -162,6 +162,9 @@ void MaskRule::check() const {
   within("decay", decay, 1);
   within("drift", drift, 100);
   within("starvation", starvation, 100);
+  if (random_seed && threshold != 0) {
+    throw Error(HST_REQUEST, "a random mask has no scores that could exceed a threshold", "", "give a ratio instead");
+  }
 }
 
 std::pair<int64_t, int64_t> AdaptiveSwitch::bounds(int64_t steps) const {

@@ -26,6 +26,7 @@ struct Step {
 struct MaskRule {
   double ratio = 0.3, threshold = 0;  // threshold 0: by the ratio
   double decay = 0.9, drift = 0, starvation = 0;
+  std::optional<uint64_t> random_seed;  // a control: masks are drawn at random, whatever the scores
 
   void check() const;  // throws Error, HST_REQUEST
 };

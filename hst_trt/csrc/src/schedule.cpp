@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "error.h"
+#include "spec.h"
 
 namespace hst_trt {
 namespace {
@@ -80,13 +81,13 @@ void Sampling::check() const {
 }
 
 Scheduler Scheduler::from_config(const json::Value &config) {
+  if (!config.object()) throw std::invalid_argument("the scheduler's config is not an object");
   const std::string *name = config["_class_name"].text();
   std::string refused;
   for (const char *key : {"use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling",
                           "invert_sigmas", "shift_terminal"}) {
     if (config[key].truthy()) refused += (refused.empty() ? " with " : ", ") + std::string(key);
   }
-  if (!config.object()) throw std::invalid_argument("the scheduler's config is not an object");
   if (!name || *name != "FlowMatchEulerDiscreteScheduler" || !refused.empty()) {
     throw Error(HST_INCOMPATIBLE, "the scheduler is not one HybridStitch can run on: it needs deterministic Euler steps of a rectified flow",
                 (name ? *name : "no class") + refused,
@@ -94,9 +95,14 @@ Scheduler Scheduler::from_config(const json::Value &config) {
   }
   Scheduler scheduler;
   const json::Value &shift = config["shift"], &steps = config["num_train_timesteps"];
-  if (!shift.is_null() && (!shift.number(scheduler.shift) || !(scheduler.shift > 0))) throw std::invalid_argument("a shift that is not positive");
-  if (!steps.is_null()) {
-    if (!steps.whole() || *steps.whole() < 1) throw std::invalid_argument("num_train_timesteps that are not positive");
+  const auto has = [&config](const char *key) { return config.object()->count(key) > 0; };
+  if (has("shift") && (!shift.number(scheduler.shift) || !(scheduler.shift > 0 && scheduler.shift <= kMaxShift))) {
+    throw std::invalid_argument("shift is not a number above 0 and up to 100");
+  }
+  if (has("num_train_timesteps")) {
+    if (!steps.whole() || *steps.whole() < 1 || *steps.whole() > kMaxCount) {
+      throw std::invalid_argument("num_train_timesteps is not a whole number from 1 to " + std::to_string(kMaxCount));
+    }
     scheduler.num_train_timesteps = *steps.whole();
   }
   return scheduler;

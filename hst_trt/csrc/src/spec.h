@@ -7,6 +7,11 @@
 
 namespace hst_trt {
 
+// Upper ends of what shapes are made from: with them no number of elements or bytes passes 63 bits.
+inline constexpr int64_t kMaxCount = 65536;  // layers, heads, widths, lengths
+inline constexpr int64_t kMaxSide = 16384;   // pixels
+inline constexpr int64_t kMaxImages = 1024;
+
 struct TransformerSpec {
   int64_t layers, heads, head_dim, dual_layers, text_width, pooled_width, token_channels, table_side;
 

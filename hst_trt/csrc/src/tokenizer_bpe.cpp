@@ -11,7 +11,8 @@
 namespace hst_trt {
 namespace {
 
-constexpr const char *kWords = "<\\|startoftext\\|>|<\\|endoftext\\|>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+";
+constexpr const char *kWords = "'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+";  // transformers 4
+constexpr const char *kSpecials = "<\\|startoftext\\|>|<\\|endoftext\\|>|";                              // before them in transformers 5
 constexpr std::u32string_view kEndings[] = {U"'s", U"'t", U"'re", U"'ve", U"'m", U"'ll", U"'d"};
 
 bool is_other(char32_t c) { return !unicode::is_regex_space(c) && !unicode::is_letter(c) && !unicode::is_number(c); }
@@ -23,19 +24,21 @@ size_t run(std::u32string_view text, size_t from, Is is) {
   return end - from;
 }
 
+size_t special(std::u32string_view rest) {
+  for (const std::u32string_view token : {U"<|startoftext|>", U"<|endoftext|>"}) {
+    if (rest.substr(0, token.size()) == token) return token.size();
+  }
+  return 0;
+}
+
 // How far the first alternative that matches at `from` goes, 0 for none. `many` numbers are one word, as the byte-level splitter has it.
 size_t word(std::u32string_view text, size_t from, bool many) {
   const std::u32string_view rest = text.substr(from);
-  if (!many) {
-    for (const std::u32string_view special : {U"<|startoftext|>", U"<|endoftext|>"}) {
-      if (rest.substr(0, special.size()) == special) return special.size();
-    }
-  }
   for (const std::u32string_view ending : kEndings) {
     if (rest.substr(0, ending.size()) == ending) return ending.size();
   }
   if (const size_t letters = run(text, from, unicode::is_letter)) return letters;
-  if (const size_t numbers = run(text, from, unicode::is_number)) return many ? numbers : 1;
+  if (unicode::is_number(rest[0])) return many ? run(text, from, unicode::is_number) : 1;
   return run(text, from, is_other);
 }
 
@@ -52,45 +55,53 @@ std::array<char32_t, 256> byte_letters() {
 
 class Bpe : public TokenModel {
  public:
-  explicit Bpe(const json::Value &model) {
+  Bpe(const json::Value &model, bool specials) : specials_(specials) {
     const json::Object *vocab = model["vocab"].object();
     const json::Array *merges = model["merges"].array();
     if (!vocab || !merges) throw std::invalid_argument("no vocabulary or no merges");
-    for (const auto &entry : *vocab) {
-      if (!entry.second.whole()) throw std::invalid_argument("a token without an id");
-      ids_.emplace(entry.first, *entry.second.whole());
+    ids_.reserve(vocab->size());
+    for (const auto &entry : *vocab) ids_.emplace(entry.first, id_of(entry.second));
+    if (!model["unk_token"].is_null()) {
+      unknown_ = id(text_of(model["unk_token"]));
+      if (unknown_ < 0) throw std::invalid_argument("an unknown token that is not in the vocabulary");
     }
-    if (const std::string *suffix = model["end_of_word_suffix"].text()) suffix_ = *suffix;
-    if (const std::string *unknown = model["unk_token"].text()) unknown_ = id(*unknown);
+    const std::string &suffix = text_of(model["end_of_word_suffix"]);
+    const std::array<char32_t, 256> letters = byte_letters();
+    for (size_t byte = 0; byte < 256; ++byte) {
+      std::string letter;
+      unicode::append(letter, letters[byte]);
+      letters_[byte] = id(letter);
+      last_letters_[byte] = id(letter + suffix);
+    }
+    merges_.reserve(merges->size());
     for (size_t rank = 0; rank < merges->size(); ++rank) {
-      const json::Value &merge = (*merges)[rank];
-      std::string left, right;
-      if (const json::Array *two = merge.array(); two && two->size() == 2 && (*two)[0].text() && (*two)[1].text()) {
-        left = *(*two)[0].text();
-        right = *(*two)[1].text();
-      } else if (const std::string *line = merge.text(); line && line->find(' ') != std::string::npos) {
-        left = line->substr(0, line->find(' '));
-        right = line->substr(line->find(' ') + 1);
-      } else {
-        throw std::invalid_argument("a merge that is not two tokens");
-      }
+      const auto [left, right] = pair((*merges)[rank]);
       const int64_t a = id(left), b = id(right), one = id(left + right);
       if (a < 0 || b < 0 || one < 0) throw std::invalid_argument("a merge of unknown tokens");
       merges_[key(a, b)] = {static_cast<int64_t>(rank), one};  // of equal pairs the last one counts
     }
   }
 
-  void encode(const std::u32string &piece, std::vector<int64_t> &ids) const override {
-    for (size_t i = 0; i < piece.size();) {
-      const size_t length = word(piece, i, false);
+  void encode(const std::string &piece, bool, std::vector<int64_t> &ids) const override {
+    const std::u32string points = unicode::decode(piece);
+    const std::u32string_view text = points;
+    for (size_t i = 0; i < text.size();) {
+      size_t length = specials_ ? special(text.substr(i)) : 0;
+      if (length == 0) length = word(text, i, false);
       for (size_t k = i; k < i + length;) {  // the byte-level splitter looks at each word once more
-        const size_t part = word(std::u32string_view(piece).substr(0, i + length), k, true);
-        merge(unicode::encode(std::u32string_view(piece).substr(k, part)), ids);
+        const size_t part = word(text.substr(0, i + length), k, true);
+        merge(unicode::encode(text.substr(k, part)), ids);
         k += part;
       }
       i += length ? length : 1;
     }
   }
+
+  int64_t id(std::string_view token) const override {
+    const auto found = ids_.find(std::string(token));
+    return found == ids_.end() ? -1 : found->second;
+  }
+  int64_t size() const override { return static_cast<int64_t>(ids_.size()); }
 
  private:
   struct Merge {
@@ -102,49 +113,54 @@ class Bpe : public TokenModel {
     bool gone;
   };
   struct Candidate {
-    int64_t rank;
+    Merge merge;
     size_t at;
-    int64_t id, left, right;
-    bool operator<(const Candidate &other) const { return rank != other.rank ? rank > other.rank : at > other.at; }  // the least is on top
+    bool operator<(const Candidate &other) const {  // the least is on top
+      return merge.rank != other.merge.rank ? merge.rank > other.merge.rank : at > other.at;
+    }
   };
   static constexpr size_t kNone = std::numeric_limits<size_t>::max();
 
   static uint64_t key(int64_t a, int64_t b) { return static_cast<uint64_t>(a) << 32 | static_cast<uint64_t>(b); }
-  int64_t id(const std::string &token) const {
-    const auto found = ids_.find(token);
-    return found == ids_.end() ? -1 : found->second;
+
+  // A merge's two tokens: a list, or, in older files, a text with one space.
+  static std::pair<std::string, std::string> pair(const json::Value &merge) {
+    if (const json::Array *two = merge.array(); two && two->size() == 2 && (*two)[0].text() && (*two)[1].text()) {
+      return {*(*two)[0].text(), *(*two)[1].text()};
+    }
+    const std::string &line = text_of(merge);
+    const size_t space = line.find(' ');
+    if (space == std::string::npos || space != line.rfind(' ')) throw std::invalid_argument("a merge that is not two tokens");
+    return {line.substr(0, space), line.substr(space + 1)};
   }
 
   void merge(const std::string &bytes, std::vector<int64_t> &ids) const {
-    static const std::array<char32_t, 256> letters = byte_letters();
     std::vector<Symbol> symbols;
     for (size_t i = 0; i < bytes.size(); ++i) {
-      std::string letter;
-      unicode::append(letter, letters[static_cast<unsigned char>(bytes[i])]);
-      if (i + 1 == bytes.size()) letter += suffix_;
-      int64_t known = id(letter);
+      int64_t known = (i + 1 < bytes.size() ? letters_ : last_letters_)[static_cast<unsigned char>(bytes[i])];
       if (known < 0) known = unknown_;
       if (known < 0) continue;
       if (!symbols.empty()) symbols.back().after = symbols.size();
       symbols.push_back({known, symbols.empty() ? kNone : symbols.size() - 1, kNone, false});
     }
+    const auto merge_at = [&](size_t at) -> const Merge * {
+      if (at == kNone || symbols[at].gone || symbols[at].after == kNone) return nullptr;
+      const auto found = merges_.find(key(symbols[at].id, symbols[symbols[at].after].id));
+      return found == merges_.end() ? nullptr : &found->second;
+    };
     std::priority_queue<Candidate> queue;
     const auto offer = [&](size_t at) {
-      if (at == kNone || symbols[at].after == kNone) return;
-      const int64_t left = symbols[at].id, right = symbols[symbols[at].after].id;
-      if (const auto found = merges_.find(key(left, right)); found != merges_.end()) {
-        queue.push({found->second.rank, at, found->second.id, left, right});
-      }
+      if (const Merge *merge = merge_at(at)) queue.push({*merge, at});
     };
     for (size_t i = 0; i < symbols.size(); ++i) offer(i);
     while (!queue.empty()) {
       const Candidate best = queue.top();
       queue.pop();
-      Symbol &left = symbols[best.at];
-      if (left.gone || left.after == kNone || left.id != best.left || symbols[left.after].id != best.right) continue;
-      Symbol &right = symbols[left.after];
+      const Merge *now = merge_at(best.at);
+      if (!now || now->id != best.merge.id) continue;  // one of the two has been merged since
+      Symbol &left = symbols[best.at], &right = symbols[left.after];
       right.gone = true;
-      left.id = best.id;
+      left.id = best.merge.id;
       left.after = right.after;
       if (left.after != kNone) symbols[left.after].before = best.at;
       offer(left.before);
@@ -157,27 +173,32 @@ class Bpe : public TokenModel {
 
   std::unordered_map<std::string, int64_t> ids_;
   std::unordered_map<uint64_t, Merge> merges_;
-  std::string suffix_;
+  std::array<int64_t, 256> letters_{}, last_letters_{};  // the bytes' ids within a word, and at its end
   int64_t unknown_ = -1;
+  bool specials_;
 };
 
 }  // namespace
 
 std::unique_ptr<TokenModel> bpe_model(const json::Value &file) {
   const json::Value &model = file["model"], &splitter = file["pre_tokenizer"];
-  for (const char *option : {"dropout", "byte_fallback", "ignore_merges", "fuse_unk"}) {
-    if (model[option].truthy()) refuse_tokenizer(std::string("model with ") + option, model);
+  for (const char *option : {"dropout", "byte_fallback", "ignore_merges", "fuse_unk", "continuing_subword_prefix"}) {
+    if (model[option].truthy()) refuse_tokenizer("model option", option);
   }
-  if (model["continuing_subword_prefix"].truthy()) refuse_tokenizer("model with continuing_subword_prefix", model);
   const json::Array *parts = splitter["pretokenizers"].array();
-  if (!parts || parts->size() != 2) refuse_tokenizer("pre-tokenizer", splitter);
-  const json::Value &split = (*parts)[0], &bytes = (*parts)[1];
-  const auto is = [](const json::Value &value, const char *text) { return value.text() && *value.text() == text; };
-  if (!is(split["type"], "Split") || !is(split["pattern"]["Regex"], kWords) || !is(split["behavior"], "Removed") || !split["invert"].truthy() ||
-      !is(bytes["type"], "ByteLevel") || bytes["add_prefix_space"].truthy() || !bytes["use_regex"].truthy()) {
-    refuse_tokenizer("pre-tokenizer", splitter);
+  if (!parts || parts->size() != 2 || !is_text((*parts)[0]["type"], "Split") || !is_text((*parts)[1]["type"], "ByteLevel")) {
+    refuse_tokenizer("pre-tokenizer for BPE", text_of(splitter["type"]));
   }
-  return std::make_unique<Bpe>(model);
+  const json::Value &split = (*parts)[0], &bytes = (*parts)[1];
+  const std::string &regex = text_of(split["pattern"]["Regex"]);
+  const bool specials = regex == std::string(kSpecials) + kWords;
+  if (!specials && regex != kWords) refuse_tokenizer("Split pre-tokenizer with a pattern", regex);
+  if (!is_text(split["behavior"], "Removed") || !flag_of(split, "invert")) {
+    refuse_tokenizer("Split pre-tokenizer with a behavior", text_of(split["behavior"]));
+  }
+  if (flag_of(bytes, "add_prefix_space")) refuse_tokenizer("ByteLevel pre-tokenizer", "add_prefix_space");
+  if (!bytes["use_regex"].is_null() && !flag_of(bytes, "use_regex")) refuse_tokenizer("ByteLevel pre-tokenizer", "no use_regex");
+  return std::make_unique<Bpe>(model, specials);
 }
 
 }  // namespace hst_trt

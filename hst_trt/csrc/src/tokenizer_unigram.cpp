@@ -1,8 +1,9 @@
-// T5's tokenizer: words by white space, each with a mark in front, then the likeliest way to cut it into known tokens (Kudo 2018).
+// T5's tokenizer: words with a mark in front, then the likeliest way to cut each into known tokens (Kudo 2018).
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <limits>
 #include <stdexcept>
-#include <unordered_map>
 
 #include "tokenizer.h"
 #include "unicode.h"
@@ -10,53 +11,83 @@
 namespace hst_trt {
 namespace {
 
-constexpr char32_t kMark = U'\u2581';
+constexpr std::string_view kMark = u8"\u2581";
 constexpr double kUnknownPenalty = 10;  // an unknown character is that much less likely than the least likely token
+
+// A score as the `tokenizers` library has it: its shortest decimal digits as a whole number, times or by a power of ten. One in eight is a
+// last bit away from the number that is meant, and that decides between cuts that are equally likely, such as those of "aaaa".
+double as_the_library_reads(double score) {
+  std::array<char, 32> text{};
+  const char *end = std::to_chars(text.data(), text.data() + text.size(), score, std::chars_format::scientific).ptr;  // -d.ddde-dd
+  const char *e = std::find<const char *>(text.data(), end, 'e');
+  uint64_t digits = 0;
+  int exponent = 0;
+  std::from_chars(e[1] == '+' ? e + 2 : e + 1, end, exponent);
+  bool fraction = false;
+  for (const char *c = text.data(); c < e; ++c) {
+    if (*c == '.') fraction = true;
+    if (*c < '0' || *c > '9') continue;
+    digits = digits * 10 + static_cast<uint64_t>(*c - '0');
+    exponent -= fraction ? 1 : 0;
+  }
+  double read = static_cast<double>(digits), power = 1;
+  for (; exponent < -308; exponent += 308) read /= 1e308;
+  const std::string written = "1e" + std::to_string(std::abs(exponent));
+  std::from_chars(written.data(), written.data() + written.size(), power);
+  read = exponent < 0 ? read / power : read * power;
+  return score < 0 ? -read : read;
+}
 
 class Unigram : public TokenModel {
  public:
-  explicit Unigram(const json::Value &model) {
+  enum class Prepend { kNever, kFirst, kAlways };  // which words get a mark in front
+  struct Words {
+    bool at_white_space, at_marks;  // where they are parted
+    Prepend prepend;
+  };
+
+  Unigram(const json::Value &model, const Words &words) : words_(words) {
     const json::Array *vocab = model["vocab"].array();
     if (!vocab || vocab->empty()) throw std::invalid_argument("no vocabulary");
     double least = std::numeric_limits<double>::infinity();
-    for (size_t id = 0; id < vocab->size(); ++id) {
-      const json::Array *entry = (*vocab)[id].array();
+    std::vector<std::pair<std::string, int64_t>> entries;
+    for (const json::Value &token : *vocab) {
+      const json::Array *entry = token.array();
       double score = 0;
       if (!entry || entry->size() != 2 || !(*entry)[0].text() || !(*entry)[1].number(score)) throw std::invalid_argument("a bad token");
-      const std::string &token = *(*entry)[0].text();
-      tokens_[token] = {static_cast<int64_t>(id), score};
-      longest_ = std::max(longest_, token.size());
-      least = std::min(least, score);
+      entries.emplace_back(*(*entry)[0].text(), static_cast<int64_t>(scores_.size()));
+      scores_.push_back(as_the_library_reads(score));
+      least = std::min(least, scores_.back());
     }
-    const int64_t *unknown = model["unk_id"].whole();
-    if (!unknown || *unknown < 0 || *unknown >= static_cast<int64_t>(vocab->size())) throw std::invalid_argument("no unknown token");
-    unknown_ = {*unknown, least - kUnknownPenalty};
+    tokens_ = Trie(std::move(entries));
+    if (model["unk_id"].is_null()) refuse_tokenizer("Unigram model", "no unknown token");
+    unknown_ = id_of(model["unk_id"]);
+    if (unknown_ >= size()) throw std::invalid_argument("an unknown token that is not in the vocabulary");
+    unknown_score_ = least - kUnknownPenalty;
   }
 
-  void encode(const std::u32string &piece, std::vector<int64_t> &ids) const override {
-    for (size_t i = 0; i < piece.size();) {
-      if (unicode::is_space(piece[i])) {
-        ++i;
-        continue;
+  void encode(const std::string &piece, bool first, std::vector<int64_t> &ids) const override {
+    if (!words_.at_white_space) return encode_word(piece, first, ids);
+    for (size_t start = 0, end = 0; start < piece.size(); start = end) {
+      while (end < piece.size() && !unicode::is_space(unicode::at(piece, end))) end += unicode::size(unicode::at(piece, end));
+      if (end > start) {
+        encode_word(std::string_view(piece).substr(start, end - start), first, ids);
+      } else {
+        end += unicode::size(unicode::at(piece, end));
       }
-      size_t end = i;
-      while (end < piece.size() && !unicode::is_space(piece[end])) ++end;
-      std::u32string word = piece.substr(i, end - i);
-      if (word[0] != kMark) word.insert(word.begin(), kMark);
-      for (size_t from = 0; from < word.size();) {  // a mark within the word starts a word, too
-        const size_t to = std::min(word.find(kMark, from + 1), word.size());
-        cut(unicode::encode(std::u32string_view(word).substr(from, to - from)), ids);
-        from = to;
-      }
-      i = end;
     }
   }
+
+  int64_t id(std::string_view token) const override {
+    int64_t known = -1;
+    tokens_.prefixes(token, [&](size_t bytes, int64_t number) {
+      if (bytes == token.size()) known = number;
+    });
+    return known;
+  }
+  int64_t size() const override { return static_cast<int64_t>(scores_.size()); }
 
  private:
-  struct Token {
-    int64_t id;
-    double score;
-  };
   struct Path {  // the likeliest one to an end
     double score = 0;
     size_t from = std::numeric_limits<size_t>::max();
@@ -64,56 +95,84 @@ class Unigram : public TokenModel {
     bool known() const { return from != std::numeric_limits<size_t>::max(); }
   };
 
-  void cut(const std::string &word, std::vector<int64_t> &ids) const {
-    std::vector<Path> paths(word.size() + 1);
-    for (size_t start = 0; start < word.size();) {
-      size_t next = start + 1;
-      while (next < word.size() && (static_cast<unsigned char>(word[next]) & 0xC0) == 0x80) ++next;
-      bool single = false;  // whether the character alone is a token
-      const auto offer = [&](size_t end, const Token &token) {
-        Path &path = paths[end];
-        const double score = paths[start].score + token.score;
-        if (!path.known() || score > path.score) path = {score, start, token.id == unknown_.id};
-      };
-      for (size_t end = next; end <= std::min(word.size(), start + longest_); ++end) {
-        const auto found = tokens_.find(word.substr(start, end - start));
-        if (found == tokens_.end()) continue;
-        offer(end, found->second);
-        single = single || end == next;
-      }
-      if (!single) offer(next, unknown_);
-      start = next;
+  void encode_word(std::string_view word, bool first, std::vector<int64_t> &ids) const {
+    std::string marked;
+    for (const char c : word) c == ' ' ? marked += kMark : marked += c;
+    const bool prepend = words_.prepend == Prepend::kAlways || (words_.prepend == Prepend::kFirst && first);
+    if (prepend && marked.compare(0, kMark.size(), kMark) != 0) marked.insert(0, kMark);
+    const std::string_view text = marked;
+    for (size_t from = 0; from < text.size();) {
+      const size_t to = words_.at_marks ? std::min(text.find(kMark, from + 1), text.size()) : text.size();
+      cut(text.substr(from, to - from), ids);
+      from = to;
     }
-    std::vector<int64_t> backwards;
+  }
+
+  void cut(std::string_view word, std::vector<int64_t> &ids) const {
+    std::vector<Path> paths(word.size() + 1);
+    for (size_t start = 0, next = 0; start < word.size(); start = next) {
+      next = start + unicode::size(unicode::at(word, start));
+      bool single = false;  // whether the character alone is a token
+      const auto offer = [&](size_t end, int64_t id, double token_score) {
+        Path &path = paths[end];
+        const double score = token_score + paths[start].score;
+        if (!path.known() || score > path.score) path = {score, start, id == unknown_};
+      };
+      tokens_.prefixes(word.substr(start), [&](size_t bytes, int64_t id) {
+        offer(start + bytes, id, scores_[static_cast<size_t>(id)]);
+        single = single || start + bytes == next;
+      });
+      if (!single) offer(next, unknown_, unknown_score_);
+    }
+    const size_t first = ids.size();
     for (size_t end = word.size(); end > 0;) {
       size_t from = paths[end].from;
       if (paths[end].unknown) {  // unknown characters in a row are one
         while (from > 0 && paths[from].unknown) from = paths[from].from;
       }
-      const auto found = tokens_.find(word.substr(from, end - from));
-      backwards.push_back(found == tokens_.end() ? unknown_.id : found->second.id);
+      const int64_t known = id(word.substr(from, end - from));
+      ids.push_back(known < 0 ? unknown_ : known);
       end = from;
     }
-    ids.insert(ids.end(), backwards.rbegin(), backwards.rend());
+    std::reverse(ids.begin() + static_cast<std::ptrdiff_t>(first), ids.end());
   }
 
-  std::unordered_map<std::string, Token> tokens_;
-  size_t longest_ = 0;
-  Token unknown_{};
+  Words words_;
+  Trie tokens_;
+  std::vector<double> scores_;
+  int64_t unknown_ = 0;
+  double unknown_score_ = 0;
 };
+
+Unigram::Prepend read_prepend(const json::Value &metaspace) {
+  const json::Value &scheme = metaspace["prepend_scheme"], &older = metaspace["add_prefix_space"];
+  const bool never = is_text(scheme, "never");
+  if (older.boolean() && !*older.boolean() && !never) throw std::invalid_argument("add_prefix_space is not what prepend_scheme says");
+  if (never) return Unigram::Prepend::kNever;
+  if (is_text(scheme, "first")) return Unigram::Prepend::kFirst;
+  if (!scheme.is_null() && !is_text(scheme, "always")) throw std::invalid_argument("an unknown prepend_scheme");
+  return Unigram::Prepend::kAlways;
+}
 
 }  // namespace
 
 std::unique_ptr<TokenModel> unigram_model(const json::Value &file) {
   const json::Value &model = file["model"], &splitter = file["pre_tokenizer"];
-  if (model["byte_fallback"].truthy()) refuse_tokenizer("model with byte_fallback", model);
-  const json::Array *parts = splitter["pretokenizers"].array();
-  const auto is = [](const json::Value &value, const char *text) { return value.text() && *value.text() == text; };
-  if (!parts || parts->size() != 2 || !is((*parts)[0]["type"], "WhitespaceSplit") || !is((*parts)[1]["type"], "Metaspace") ||
-      !is((*parts)[1]["replacement"], "\u2581") || !is((*parts)[1]["prepend_scheme"], "always") || !(*parts)[1]["split"].truthy()) {
-    refuse_tokenizer("pre-tokenizer", splitter);
+  if (model["byte_fallback"].truthy()) refuse_tokenizer("model option", "byte_fallback");
+  const json::Array *listed = is_text(splitter["type"], "Sequence") ? splitter["pretokenizers"].array() : nullptr;
+  const json::Array parts = listed ? *listed : json::Array{splitter};
+  const bool at_white_space = parts.size() == 2 && is_text(parts[0]["type"], "WhitespaceSplit");
+  if (parts.size() != (at_white_space ? 2U : 1U) || !is_text(parts.back()["type"], "Metaspace")) {
+    refuse_tokenizer("pre-tokenizer for Unigram", text_of(splitter["type"]));
   }
-  return std::make_unique<Unigram>(model);
+  const json::Value &metaspace = parts.back();
+  if (text_of(metaspace["replacement"]) != kMark) refuse_tokenizer("Metaspace pre-tokenizer with a mark", text_of(metaspace["replacement"]));
+  const bool at_marks = metaspace["split"].is_null() || flag_of(metaspace, "split");
+  const Unigram::Prepend prepend = read_prepend(metaspace);
+  if (at_white_space && prepend == Unigram::Prepend::kFirst) {
+    refuse_tokenizer("WhitespaceSplit pre-tokenizer before a Metaspace with prepend_scheme", "first");
+  }
+  return std::make_unique<Unigram>(model, Unigram::Words{at_white_space, at_marks, prepend});
 }
 
 }  // namespace hst_trt

@@ -22,6 +22,16 @@ struct Composition {
 struct CombiningClass {
   uint32_t point, value;
 };
+// What a character does in a cluster: the property Grapheme_Cluster_Break, Extended_Pictographic, and Indic_Conjunct_Break, which parts
+// Extend in three and has consonants. Hangul syllables, flags and the joiner are known by rule, the others from the table.
+enum class Role {
+  kOther, kControl, kExtend, kConjoining, kLinker, kSpacingMark, kPrepend, kLead, kVowel, kTail, kPicture, kConsonant, kJoiner,
+  kOpenSyllable, kClosedSyllable, kFlag
+};
+struct RoleRange {
+  uint32_t first, last;
+  Role role;
+};
 
 #include "unicode_data.inc"
 
@@ -29,10 +39,10 @@ struct CombiningClass {
 constexpr uint32_t kSyllables = 0xAC00, kLeads = 0x1100, kVowels = 0x1161, kTails = 0x11A7;
 constexpr uint32_t kLeadCount = 19, kVowelCount = 21, kTailCount = 28, kSyllableCount = kLeadCount * kVowelCount * kTailCount;
 
-template <size_t N>
-bool holds(const Range (&ranges)[N], uint32_t point) {
-  const Range *found = std::lower_bound(std::begin(ranges), std::end(ranges), point, [](const Range &r, uint32_t p) { return r.last < p; });
-  return found != std::end(ranges) && found->first <= point;
+template <typename Row, size_t N>
+const Row *covers(const Row (&rows)[N], uint32_t point) {
+  const Row *found = std::lower_bound(std::begin(rows), std::end(rows), point, [](const Row &r, uint32_t p) { return r.last < p; });
+  return found != std::end(rows) && found->first <= point ? found : nullptr;
 }
 
 template <typename Row, size_t N>
@@ -44,6 +54,14 @@ const Row *find(const Row (&rows)[N], uint32_t point) {
 uint32_t combining_class(uint32_t point) {
   const CombiningClass *found = find(kClasses, point);
   return found ? found->value : 0;
+}
+
+Role role(uint32_t point) {
+  if (point == 0x200D) return Role::kJoiner;
+  if (point - 0x1F1E6 < 26) return Role::kFlag;
+  if (point - kSyllables < kSyllableCount) return (point - kSyllables) % kTailCount ? Role::kClosedSyllable : Role::kOpenSyllable;
+  const RoleRange *found = covers(kRoles, point);
+  return found ? found->role : Role::kOther;
 }
 
 void append_apart(std::u32string &out, uint32_t point) {
@@ -116,15 +134,25 @@ void append(std::string &utf8, uint32_t point) {
   }
 }
 
+size_t size(uint32_t point) { return point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4; }
+
+uint32_t at(std::string_view utf8, size_t i) {
+  const auto lead = static_cast<unsigned char>(utf8[i]);
+  const size_t more = lead < 0x80 ? 0 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
+  uint32_t point = more == 0 ? lead : lead & (0x3FU >> more);
+  for (size_t k = 1; k <= more; ++k) point = point << 6 | (static_cast<unsigned char>(utf8[i + k]) & 63U);
+  return point;
+}
+
+size_t before(std::string_view utf8, size_t i) {
+  do --i;
+  while ((static_cast<unsigned char>(utf8[i]) & 0xC0) == 0x80);
+  return i;
+}
+
 std::u32string decode(std::string_view utf8) {
   std::u32string points;
-  for (size_t i = 0; i < utf8.size();) {
-    const auto lead = static_cast<unsigned char>(utf8[i++]);
-    const int more = lead < 0x80 ? 0 : lead < 0xE0 ? 1 : lead < 0xF0 ? 2 : 3;
-    uint32_t point = more == 0 ? lead : lead & (0x3FU >> more);
-    for (int k = 0; k < more; ++k) point = point << 6 | (static_cast<unsigned char>(utf8[i++]) & 63U);
-    points.push_back(point);
-  }
+  for (size_t i = 0; i < utf8.size(); i += size(points.back())) points.push_back(at(utf8, i));
   return points;
 }
 
@@ -134,10 +162,41 @@ std::string encode(std::u32string_view points) {
   return utf8;
 }
 
-bool is_letter(uint32_t point) { return holds(kLetters, point); }
-bool is_number(uint32_t point) { return holds(kNumbers, point); }
-bool is_regex_space(uint32_t point) { return holds(kRegexSpaces, point); }
-bool is_space(uint32_t point) { return holds(kSpaces, point); }
+bool is_letter(uint32_t point) { return covers(kLetters, point) != nullptr; }
+bool is_number(uint32_t point) { return covers(kNumbers, point) != nullptr; }
+bool is_regex_space(uint32_t point) { return covers(kRegexSpaces, point) != nullptr; }
+bool is_word(uint32_t point) { return covers(kWordCharacters, point) != nullptr; }
+bool is_space(uint32_t point) { return covers(kSpaces, point) != nullptr; }
+
+// UAX #29. Every rule that looks back looks no further than the cluster's start.
+size_t cluster(std::u32string_view text) {
+  Role last = role(text[0]);
+  bool picture = last == Role::kPicture;      // a picture, and nothing since that parts it from a joiner
+  bool joined = false;                        // a picture and a joiner
+  bool consonant = last == Role::kConsonant;  // a consonant, and nothing since that parts it from the next one
+  bool linked = false;                        // with a linker in between
+  bool odd_flag = last == Role::kFlag;        // flags are pairs
+  for (size_t i = 1; i < text.size(); ++i) {
+    const Role here = role(text[i]);
+    const bool extends = here == Role::kExtend || here == Role::kConjoining || here == Role::kLinker || here == Role::kJoiner;
+    if (last == Role::kControl || here == Role::kControl) return text[i - 1] == U'\r' && text[i] == U'\n' ? 2 : i;
+    const bool after_lead = here == Role::kLead || here == Role::kVowel || here == Role::kOpenSyllable || here == Role::kClosedSyllable;
+    const bool stays = extends || here == Role::kSpacingMark || last == Role::kPrepend || (last == Role::kLead && after_lead) ||
+                       ((last == Role::kVowel || last == Role::kOpenSyllable) && (here == Role::kVowel || here == Role::kTail)) ||
+                       ((last == Role::kTail || last == Role::kClosedSyllable) && here == Role::kTail) ||
+                       (here == Role::kConsonant && consonant && linked) || (here == Role::kPicture && joined) ||
+                       (here == Role::kFlag && odd_flag);
+    if (!stays) return i;
+    joined = picture && here == Role::kJoiner;
+    picture = here == Role::kPicture || (picture && extends && here != Role::kJoiner);
+    linked = here == Role::kLinker || (linked && extends);
+    consonant = here == Role::kConsonant || (consonant && extends && here != Role::kExtend);
+    if (here == Role::kConsonant) linked = false;
+    odd_flag = here == Role::kFlag && !odd_flag;
+    last = here;
+  }
+  return text.size();
+}
 
 std::u32string lower(std::u32string_view text) {
   std::u32string out;

@@ -5,7 +5,8 @@
 
 namespace hst_trt {
 
-Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape &asked) : shape(asked), backend_(backend), spec_(spec) {
+Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape &asked)
+    : shape(asked), backend_(backend), spec_(spec), recorder_(backend.recorder()) {
   const int64_t b = shape.images, n = shape.tokens(), c = spec.large.token_channels, r = shape.rows();
   for (const char *name : {"latents", "next_latents", "history", "next_history", "velocity", "last_velocity", "sketch", "last_sketch",
                            "refined", "difference", "next_difference"}) {
@@ -35,26 +36,28 @@ Workspace::Workspace(Backend &backend, const PairSpec &spec, const RequestShape 
 
   std::vector<int64_t> numbers(static_cast<size_t>(n));
   std::iota(numbers.begin(), numbers.end(), 0);
-  backend_.write(buffer("slots"), numbers.data());
+  write("slots", numbers.data());
   copy("slots", "identity");
   std::vector<int64_t> images;
   for (int64_t row = 0; row < r; ++row) images.push_back(row % b);
-  backend_.write(buffer("row_index"), images.data());
-  backend_.write(buffer("large_pos_table"), spec.small.position_ids(shape.h, shape.w).data());
+  write("row_index", images.data());
+  write("large_pos_table", spec.small.position_ids(shape.h, shape.w).data());
   copy("large_pos_table", "small_pos_ids");
-  backend_.write(buffer("large_pos_table"), spec.large.position_ids(shape.h, shape.w).data());
+  write("large_pos_table", spec.large.position_ids(shape.h, shape.w).data());
   copy("large_pos_table", "large_pos_ids");
 }
 
 void Workspace::begin(const std::vector<float> &latents, const TextFeatures &text, const StepTable &table, double guidance_scale,
                       const MaskRule &mask, double correction) {
-  backend_.write(buffer("latents"), latents.data());
+  gathered_.clear();  // verbs that were not run because something went wrong
+  seconds_.clear();
+  set_latents(latents);
   std::vector<float> timesteps = table.timesteps;
   timesteps.resize(kMaxSteps);
-  backend_.write(buffer("timesteps"), timesteps.data());
+  write("timesteps", timesteps.data());
   auto coefficients = table.coefficients;
   coefficients.resize(kMaxSteps);
-  backend_.write(buffer("coefficients"), coefficients.data());
+  write("coefficients", coefficients.data());
   backend_.copy(*text.encoder_hidden_states, buffer("encoder_hidden_states"));
   backend_.copy(*text.pooled_projections, buffer("pooled_projections"));
   for (const char *name : {"step", "history", "held", "difference", "scores", "age", "last_velocity", "last_sketch"}) backend_.zero(buffer(name));
@@ -66,111 +69,138 @@ void Workspace::begin(const std::vector<float> &latents, const TextFeatures &tex
   write_number("threshold", mask.threshold);
 }
 
-void Workspace::advance() {
-  call("advance", {{"timesteps", "timesteps"}, {"coefficients", "coefficients"}, {"step", "step"}, {"row_index", "row_index"},
-                   {"timestep", "timestep"}, {"weights", "weights"}, {"next_step", "next_step"}});
-  copy("next_step", "step");
+MarkPtr Workspace::mark() {
+  flush();
+  return backend_.mark();
 }
 
-void Workspace::small() { velocity("small", shape.tokens(), "sketch"); }
+void Workspace::advance() {
+  verb("advance", [this] {
+    call("advance", {{"timesteps", "timesteps"}, {"coefficients", "coefficients"}, {"step", "step"}, {"row_index", "row_index"},
+                     {"timestep", "timestep"}, {"weights", "weights"}, {"next_step", "next_step"}});
+    copy("next_step", "step");
+  });
+}
 
-void Workspace::small_alone() { velocity("small", shape.tokens(), "velocity"); }
+void Workspace::small() {
+  verb("small", [this] { velocity("small", shape.tokens(), "sketch"); });
+}
+
+void Workspace::small_alone() {
+  verb("small_alone", [this] { velocity("small", shape.tokens(), "velocity"); });
+}
 
 void Workspace::large() {
-  copy("identity", "order");
-  velocity("large", shape.tokens(), "velocity");
+  verb("large", [this] {
+    copy("identity", "order");
+    velocity("large", shape.tokens(), "velocity");
+  });
 }
 
-void Workspace::large_masked(int64_t tokens) { velocity("large", tokens, "refined"); }
+void Workspace::large_masked(int64_t tokens) {
+  verb("large_masked " + std::to_string(tokens), [this, tokens] { velocity("large", tokens, "refined"); });
+}
 
 void Workspace::blend(int64_t tokens) {
-  call("blend", {{"sketch", "sketch"}, {"refined", {"refined", {shape.images, tokens, spec_.large.token_channels}}},
-                 {"active", {"active", {shape.images, tokens}}}, {"difference", "difference"}, {"decay", "correction"},
-                 {"velocity", "velocity"}, {"next_difference", "next_difference"}});
-  copy("next_difference", "difference");
+  verb("blend " + std::to_string(tokens), [this, tokens] {
+    call("blend", {{"sketch", "sketch"}, {"refined", {"refined", {shape.images, tokens, spec_.large.token_channels}}},
+                   {"active", {"active", {shape.images, tokens}}}, {"difference", "difference"}, {"decay", "correction"},
+                   {"velocity", "velocity"}, {"next_difference", "next_difference"}});
+    copy("next_difference", "difference");
+  });
 }
 
 void Workspace::compare_all() {
-  copy("velocity", "refined");
-  copy("identity", "active");
-  blend(shape.tokens());
+  verb("compare_all", [this] {
+    copy("velocity", "refined");
+    copy("identity", "active");
+    blend(shape.tokens());
+  });
 }
 
 void Workspace::correct() {
-  call("correct", {{"sketch", "sketch"}, {"difference", "difference"}, {"decay", "correction"}, {"velocity", "velocity"},
-                   {"next_difference", "next_difference"}});
-  copy("next_difference", "difference");
+  verb("correct", [this] {
+    call("correct", {{"sketch", "sketch"}, {"difference", "difference"}, {"decay", "correction"}, {"velocity", "velocity"},
+                     {"next_difference", "next_difference"}});
+    copy("next_difference", "difference");
+  });
 }
 
-void Workspace::keep_last() { copy("last_velocity", "sketch"); }
+void Workspace::keep_last() {
+  verb("keep_last", [this] { copy("last_velocity", "sketch"); });
+}
 
 void Workspace::score(int64_t tokens) {
-  call("score", {{"difference", "difference"}, {"active", {"active", {shape.images, tokens}}}, {"sketch", "sketch"},
-                 {"last_sketch", "last_sketch"}, {"scores", "scores"}, {"age", "age"}, {"decay", "score_decay"}, {"drift", "drift"},
-                 {"starvation", "starvation"}, {"next_scores", "next_scores"}, {"next_age", "next_age"}, {"priority", "priority"},
-                 {"ranks", "ranks"}});
-  copy("next_scores", "scores");
-  copy("next_age", "age");
+  verb("score " + std::to_string(tokens), [this, tokens] {
+    call("score", {{"difference", "difference"}, {"active", {"active", {shape.images, tokens}}}, {"sketch", "sketch"},
+                   {"last_sketch", "last_sketch"}, {"scores", "scores"}, {"age", "age"}, {"decay", "score_decay"}, {"drift", "drift"},
+                   {"starvation", "starvation"}, {"next_scores", "next_scores"}, {"next_age", "next_age"}, {"priority", "priority"},
+                   {"ranks", "ranks"}});
+    copy("next_scores", "scores");
+    copy("next_age", "age");
+  });
 }
 
 int64_t Workspace::count() {
-  call("count", {{"priority", "priority"}, {"ranks", "ranks"}, {"threshold", "threshold"}, {"counts", "counts"}});
-  std::vector<int64_t> counts(static_cast<size_t>(shape.images));
-  backend_.read(buffer("counts"), counts.data());
+  verb("count", [this] {
+    call("count", {{"priority", "priority"}, {"ranks", "ranks"}, {"threshold", "threshold"}, {"counts", "counts"}});
+  });
+  const auto counts = read<int64_t>("counts");
   return *std::max_element(counts.begin(), counts.end());
 }
 
 void Workspace::select(int64_t tokens) {
-  call("select", {{"ranks", "ranks"}, {"order", "order"}, {"slots", {"slots", {tokens}}}, {"next_order", "next_order"},
-                  {"partner", "partner"}, {"active", {"active", {shape.images, tokens}}}});
-  copy("next_order", "order");
-  std::vector<BufferPtr> caches;
-  std::vector<int64_t> text_rows;
-  for (size_t i = 0; i < caches_.size(); ++i) {
-    caches.push_back(buffers_.at(caches_[i]));
-    text_rows.push_back(static_cast<int64_t>(i) < 2 * spec_.large.layers ? spec_.text_length() : 0);
-  }
-  backend_.move_rows(caches, buffer("partner"), tokens, text_rows);
+  verb("select " + std::to_string(tokens), [this, tokens] {
+    call("select", {{"ranks", "ranks"}, {"order", "order"}, {"slots", {"slots", {tokens}}}, {"next_order", "next_order"},
+                    {"partner", "partner"}, {"active", {"active", {shape.images, tokens}}}});
+    copy("next_order", "order");
+    std::vector<BufferPtr> caches;
+    std::vector<int64_t> text_rows;
+    for (size_t i = 0; i < caches_.size(); ++i) {
+      caches.push_back(buffers_.at(caches_[i]));
+      text_rows.push_back(static_cast<int64_t>(i) < 2 * spec_.large.layers ? spec_.text_length() : 0);
+    }
+    backend_.move_rows(caches, buffer("partner"), tokens, text_rows);
+  });
 }
 
 float Workspace::change() {
-  call("change", {{"velocity", "velocity"}, {"last_velocity", "last_velocity"}, {"change", "change"}});
-  float value = 0;
-  backend_.read(buffer("change"), &value);
-  return value;
+  verb("change", [this] {
+    call("change", {{"velocity", "velocity"}, {"last_velocity", "last_velocity"}, {"change", "change"}});
+  });
+  return read<float>("change")[0];
 }
 
 void Workspace::integrate() {
-  call("integrate", {{"latents", "latents"}, {"velocity", "velocity"}, {"last_velocity", "last_velocity"}, {"history", "history"},
-                     {"held", "held"}, {"weights", "weights"}, {"next_latents", "next_latents"}, {"next_history", "next_history"},
-                     {"next_held", "next_held"}});
-  copy("next_latents", "latents");
-  copy("next_history", "history");
-  copy("next_held", "held");
+  verb("integrate", [this] {
+    call("integrate", {{"latents", "latents"}, {"velocity", "velocity"}, {"last_velocity", "last_velocity"}, {"history", "history"},
+                       {"held", "held"}, {"weights", "weights"}, {"next_latents", "next_latents"}, {"next_history", "next_history"},
+                       {"next_held", "next_held"}});
+    copy("next_latents", "latents");
+    copy("next_history", "history");
+    copy("next_held", "held");
+  });
 }
 
 void Workspace::remember() {
-  copy("velocity", "last_velocity");
-  copy("sketch", "last_sketch");
+  verb("remember", [this] {
+    copy("velocity", "last_velocity");
+    copy("sketch", "last_sketch");
+  });
 }
 
-std::vector<float> Workspace::latents() {
-  std::vector<float> values(static_cast<size_t>(elements(buffer("latents").shape)));
-  backend_.read(buffer("latents"), values.data());
-  return values;
-}
+std::vector<float> Workspace::latents() { return read<float>("latents"); }
+
+void Workspace::set_latents(const std::vector<float> &tokens) { write("latents", tokens.data()); }
 
 bool Workspace::is_finite() {
-  call("finite", {{"latents", "latents"}, {"finite", "finite"}});
-  int32_t value = 0;
-  backend_.read(buffer("finite"), &value);
-  return value != 0;
+  verb("finite", [this] { call("finite", {{"latents", "latents"}, {"finite", "finite"}}); });
+  return read<int32_t>("finite")[0] != 0;
 }
 
 std::vector<uint8_t> Workspace::active_mask(int64_t tokens) {
   const int64_t n = shape.tokens();
-  std::vector<int64_t> active(static_cast<size_t>(shape.images * n));
-  backend_.read(buffer("active"), active.data());
+  const auto active = read<int64_t>("active");
   std::vector<uint8_t> mask(active.size());
   for (int64_t i = 0; i < shape.images * tokens; ++i) {  // the active tokens of all images stand together at the front
     mask[static_cast<size_t>(i / tokens * n + active[static_cast<size_t>(i)])] = 1;
@@ -178,9 +208,61 @@ std::vector<uint8_t> Workspace::active_mask(int64_t tokens) {
   return mask;
 }
 
+void Workspace::impose(const std::vector<uint8_t> &mask) {
+  const auto n = static_cast<size_t>(shape.tokens());
+  std::vector<int64_t> ranks(mask.size());
+  for (size_t image = 0; image < mask.size(); image += n) {
+    int64_t rank = 0;
+    for (const bool inside : {true, false}) {
+      for (size_t token = image; token < image + n; ++token) {
+        if ((mask[token] != 0) == inside) ranks[token] = rank++;
+      }
+    }
+  }
+  write("ranks", ranks.data());
+}
+
+void Workspace::verb(const std::string &name, std::function<void()> body) {
+  if (!recorder_ || running_) {
+    body();
+  } else {
+    gathered_.emplace_back(name, std::move(body));
+  }
+}
+
+void Workspace::flush() {
+  if (gathered_.empty()) return;
+  const auto segment = std::move(gathered_);
+  gathered_.clear();
+  std::string key;
+  for (const auto &item : segment) key += item.first + "; ";
+  recorder_->run(key, [this, &segment] {
+    const struct Running {
+      explicit Running(bool &flag) : flag_(flag) { flag_ = true; }
+      ~Running() { flag_ = false; }
+      bool &flag_;
+    } running(running_);
+    for (const auto &item : segment) item.second();
+  });
+}
+
+template <typename T>
+std::vector<T> Workspace::read(const std::string &name) {
+  flush();
+  const Buffer &source = buffer(name);
+  std::vector<T> values(static_cast<size_t>(elements(source.shape)));
+  backend_.read(source, values.data());
+  return values;
+}
+
+void Workspace::write(const std::string &name, const void *values) {
+  flush();
+  backend_.write(buffer(name), values);
+}
+
 void Workspace::write_number(const char *name, double value) {
   const auto number = static_cast<float>(value);
-  backend_.write(buffer(name), &number);
+  write(name, &number);
 }
 
 // Executes a graph on buffers, preparing the call on first use.
@@ -199,7 +281,10 @@ void Workspace::call(const std::string &graph, const Slots &slots) {
     }
     call = backend_.engine(graph).prepare(bindings);
   }
+  if (recorder_) return call->execute();
+  const MarkPtr start = backend_.mark();
   call->execute();
+  seconds_[graph] += backend_.elapsed(*start, *backend_.mark());
 }
 
 // One guided transformer call on all tokens or on the active ones. A full call takes the latents themselves, once for each half of

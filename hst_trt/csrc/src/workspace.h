@@ -1,7 +1,10 @@
-// All buffers and prepared calls of one request shape, and the verbs that the denoising loop is written in: hst_trt/workspace.py.
+// All buffers and prepared calls of one request shape, and the verbs that the denoising loop is written in: hst_trt/workspace.py, and
+// of hst_trt/buffers.py the segments: where a backend can replay what it enqueued, verbs are gathered until the host wants to read,
+// write or measure, and then run as one segment, which is replayed when the same verbs come again.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -41,6 +44,10 @@ class Workspace {
   void begin(const std::vector<float> &latents, const TextFeatures &text, const StepTable &table, double guidance_scale, const MaskRule &mask,
              double correction);
 
+  MarkPtr mark();  // the moment when every verb so far is done; ends the segment, does not wait
+  double elapsed(const Mark &start, const Mark &end) { return backend_.elapsed(start, end); }
+  bool records() const { return recorder_ != nullptr; }  // where not, a verb is done when it returns
+
   void advance();                     // timestep and weights become those of the next step
   void small();                       // sketch = v_S(x)
   void small_alone();                 // velocity = v_S(x), where nothing is compared with it
@@ -57,9 +64,15 @@ class Workspace {
   void integrate();                   // the solver's step
   void remember();                    // velocity and sketch become the last ones
 
-  std::vector<float> latents();  // as tokens [images, N, C]
+  std::vector<float> latents();  // as tokens [images, N, C]; this, what is set, the two below, `count` and `change` wait for the device
+  void set_latents(const std::vector<float> &tokens);
   bool is_finite();
   std::vector<uint8_t> active_mask(int64_t tokens);  // [images, h, w], 1 inside
+  // Makes the next `select` choose the tokens of `mask` [images, h w], 1 inside, whatever their scores.
+  void impose(const std::vector<uint8_t> &mask);
+
+  // Time inside each engine since `begin`, by name; empty where segments are replayed.
+  const std::map<std::string, double> &seconds() const { return seconds_; }
 
  private:
   struct Binding {  // a buffer, or the first elements of one under another shape
@@ -71,6 +84,12 @@ class Workspace {
   };
   using Slots = std::vector<std::pair<std::string, Binding>>;
 
+  // A verb's body may only enqueue work on the buffers, the same for equal names.
+  void verb(const std::string &name, std::function<void()> body);
+  void flush();  // runs what was gathered
+  template <typename T>
+  std::vector<T> read(const std::string &name);
+  void write(const std::string &name, const void *values);
   void make(const std::string &name, const Shape &dims, DType dtype) { buffers_[name] = backend_.empty(dims, dtype); }
   Buffer &buffer(const std::string &name) { return *buffers_.at(name); }
   void write_number(const char *name, double value);
@@ -83,7 +102,11 @@ class Workspace {
   const PairSpec spec_;
   std::map<std::string, BufferPtr> buffers_;
   std::map<std::string, std::unique_ptr<PreparedCall>> prepared_;
+  std::shared_ptr<Recorder> recorder_;  // null: verbs run at once
+  std::vector<std::pair<std::string, std::function<void()>>> gathered_;
+  bool running_ = false;  // a verb that is used by a verb is part of it
   std::vector<std::string> caches_;
+  std::map<std::string, double> seconds_;
 };
 
 }  // namespace hst_trt
