@@ -155,7 +155,7 @@ def test_texts_are_cut_and_padded_as_in_python(
 ) -> None:
     path, many = write(tmp_path / "tokenizer.json", files[name]), ["", " ", *texts(1000, seed=length)]
     found = host_ids(probe, path, many, length=length, pad_id=5)[1]
-    np.testing.assert_array_equal(found, PromptTokenizer(path, length, 5)(many))
+    np.testing.assert_array_equal(found, PromptTokenizer(path.read_bytes(), name, length, 5)(many))
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -165,7 +165,7 @@ def test_a_bundles_tokenizers_are_pythons(probe: Path, demo_bundle: Path, index:
         HostBundle(Library(probe.parent / "libhst_trt.so"), demo_bundle),
         [t.replace("\0", "") for t in texts(2000, seed=index)],
     )
-    expected = PromptTokenizer(demo_bundle / entry.path, entry.length, entry.pad_id)(many)
+    expected = PromptTokenizer((demo_bundle / entry.path).read_bytes(), "tokenizer", entry.length, entry.pad_id)(many)
     for text, row in zip(many, expected, strict=True):
         assert host.tokenize(index, text)[0] == row.tolist(), ascii(text)
 

@@ -45,6 +45,7 @@ Tokenizer::Tokenizer(const json::Value &file, int64_t length, int64_t pad_id) : 
   if (!file["version"].is_null() && !is_text(file["version"], "1.0")) throw std::invalid_argument("an unknown version of the format");
   if (length < 1 || length > kMaxLength) throw std::invalid_argument("a length that cannot be");
   add_normalizers(file["normalizer"], normalizers_);
+  if (!file["model"].object()) throw std::invalid_argument("the tokenizer has no model");
   const std::string &kind = text_of(file["model"]["type"]);
   if (kind != "BPE" && kind != "Unigram") refuse_tokenizer("model", kind);
   model_ = kind == "BPE" ? bpe_model(file) : unigram_model(file);
