@@ -43,7 +43,8 @@ def points(count: int, seed: int = 0) -> list[Point]:
 def test_points_that_do_the_same_are_the_same_and_every_point_is_a_plan(demo_bundle: Path) -> None:
     pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
     made = {}
-    for point in [*points(300), *SPACE.large_only()]:
+    short = Point((4, 1, 0), "ab2", ratio=0.3, ras=True)
+    for point in [*points(300), *SPACE.large_only(), *SPACE.neighbours(short)]:
         assert SPACE.tidied(point) == point
         assert LEAST_STEPS <= point.steps <= 20
         plan = pipeline.plan(**point.settings)
