@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
-from variants import BUNDLE, CONVERGED, SAMPLING, Lab
+from variants import BUNDLE, SAMPLING, Distances, Lab
 
 from hst_trt.builder.build import build_bundle
 from hst_trt.cli.options import prompts_of
-from hst_trt.codec import Decoder
-from hst_trt.compare.features import Features
-from hst_trt.compare.measures import interval, weighted_means
+from hst_trt.compare.measures import interval
 from hst_trt.compare.store import write_json
 from hst_trt.cost import ModelledCosts, _linear_layers, call_flops, call_weights
 from hst_trt.denoise import denoise
@@ -105,16 +103,7 @@ def main() -> None:
     bundle = build_bundle(load_recipe("demo"), load_target("cpu"), BUNDLE).bundle
     pipeline = HybridStitchPipeline.from_bundle(bundle.path)
     lab = Lab(pipeline, prompts_of(ROOT / "benchmarks" / "prompts" / "calibration.txt")[: arguments.prompts])
-    see, decoder = Features(), Decoder(pipeline.backend, pipeline.spec, *lab.grid)
-    converged = lab.large_alone(*CONVERGED)
-    seen = see(decoder(converged))[1]
-
-    def distances(latents: np.ndarray) -> np.ndarray:
-        """Mean over prompts of latents' and features' distance, [2, draws]."""
-        of_latents = np.sqrt(np.square(latents - converged).mean((1, 2)))
-        of_features = np.sqrt(see.distance(see(decoder(latents))[1], seen))
-        return np.stack([weighted_means(of_latents), weighted_means(of_features)])
-
+    distances = Distances(lab)
     rows: list[dict[str, Any]] = []
     spaces = {True: workspace(lab, TokenTransformer), False: workspace(lab, TextFromCache)}
     for steps, stages, every in SCHEDULES:

@@ -182,6 +182,21 @@ class Lab:
         return self.ws.latents
 
 
+class Distances:
+    """To the converged large model, of latents and of features of the pictures."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._see, self._decoder = Features(), Decoder(lab.ws.backend, lab.ws.spec, *lab.grid)
+        self._converged = lab.large_alone(*CONVERGED)
+        self._seen = self._see(self._decoder(self._converged))[1]
+
+    def __call__(self, latents: np.ndarray) -> np.ndarray:
+        """Means over prompts, [2, draws]."""
+        of_latents = np.sqrt(np.square(latents - self._converged).mean((1, 2)))
+        of_features = np.sqrt(self._see.distance(self._see(self._decoder(latents))[1], self._seen))
+        return np.stack([weighted_means(of_latents), weighted_means(of_features)])
+
+
 class Run:
     """One variant; `cost` in large calls."""
 
@@ -343,15 +358,7 @@ def main() -> None:
     bundle = build_bundle(load_recipe("demo"), load_target("cpu"), BUNDLE).bundle
     pipeline = HybridStitchPipeline.from_bundle(bundle.path, threads=arguments.threads)
     lab = Lab(pipeline, prompts_of(ROOT / "benchmarks" / "prompts" / "calibration.txt")[: arguments.prompts])
-    converged = lab.large_alone(*CONVERGED)
-    see, decoder = Features(), Decoder(pipeline.backend, pipeline.spec, *lab.grid)
-    seen = see(decoder(converged))[1]
-
-    def distances(latents: np.ndarray) -> np.ndarray:
-        """Mean over prompts of both distances, [2, draws]."""
-        of_latents = np.sqrt(np.square(latents - converged).mean((1, 2)))
-        of_features = np.sqrt(see.distance(see(decoder(latents))[1], seen))
-        return np.stack([weighted_means(of_latents), weighted_means(of_features)])
+    distances = Distances(lab)
 
     counts = (7, 8, 9, 10, 11, 12, 13, 14, 16, 18)
     alone = np.stack([distances(lab.large_alone(n, SAMPLING)) for n in counts])  # [counts, 2, draws]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from host import Library, build_host
 from PIL import Image
 
 import hst_trt
@@ -24,6 +25,17 @@ from demo.scenes import OBJECTS, Sprites
 os.environ["COLUMNS"] = "200"  # of the tables that commands print; read once, when the first command is imported
 
 DEMO_PAIR = Path(hst_trt.__file__).parent / "data" / "demo_pair"
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The folder of the C++ host."""
+    return build_host()
+
+
+@pytest.fixture(scope="session")
+def library(built: Path) -> Library:
+    return Library(built / "libhst_trt.so")
 
 
 @contextmanager

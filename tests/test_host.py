@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, build_host, onnxruntime_library
+from host import API_VERSION, CMAKE, HostBundle, HostError, HostPipeline, Library, Raw, onnxruntime_library
 from PIL import Image
 
 from hst_trt.errors import HstError
@@ -33,16 +33,6 @@ _MASK = {
     "mask_drift": "drift",
     "mask_starvation": "starvation",
 }
-
-
-@pytest.fixture(scope="session")
-def built() -> Path:
-    return build_host()
-
-
-@pytest.fixture(scope="session")
-def library(built: Path) -> Library:
-    return Library(built / "libhst_trt.so")
 
 
 @pytest.fixture(scope="module")

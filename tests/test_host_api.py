@@ -37,7 +37,6 @@ from host import (
     Params,
     Raw,
     Stats,
-    build_host,
     onnxruntime_library,
 )
 from PIL import Image
@@ -54,16 +53,6 @@ from hst_trt.workspace import RequestShape
 MASKED = dict(stages=(1, 5, 1), num_inference_steps=7)
 VERSION_1_0 = 1 << 16
 LONG = "a red apple on a blue background, " * 20
-
-
-@pytest.fixture(scope="module")
-def built() -> Path:
-    return build_host()
-
-
-@pytest.fixture(scope="module")
-def library(built: Path) -> Library:
-    return Library(built / "libhst_trt.so")
 
 
 @pytest.fixture(scope="module")

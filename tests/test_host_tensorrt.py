@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from fake_bundle import PINNED, finish, pipeline, rewrite
 from fake_cuda import FakeDevice
-from host import LATENTS, RGB, SOURCES, HostBundle, HostError, HostPipeline, Library, build_host
+from host import LATENTS, RGB, SOURCES, HostBundle, HostError, HostPipeline, Library
 from host_doubles import Doubles, watched
 
 from hst_trt.bundle import Bundle
@@ -48,11 +48,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 PROMPT = ["a red apple"]
 REQUEST: dict[str, Any] = dict(seeds=[3], height=HEIGHT, width=WIDTH, num_inference_steps=6)
 MASKED = dict(stages=(1, 2, 1), num_inference_steps=4)
-
-
-@pytest.fixture(scope="session")
-def built() -> Path:
-    return build_host()
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@
 #include <fstream>
 #include <iterator>
 
-#include "bundle.h"
-
 namespace fs = std::filesystem;
 
 namespace hst_trt {
