@@ -5,6 +5,8 @@
     ├── IncompatibleError   3    bundle, GPU, TensorRT or model pair do not fit each other
     ├── MissingError        4    a dependency, model, bundle or device is not there
     ├── ResourceError       5    out of memory or disk
+    │   ├── BusyError       5    a server takes no more requests now
+    │   └── DeadlineError   5    a request took longer than it may
     ├── IntegrityError      6    a file is not what its manifest says
     ├── NumericsError       7    non-finite values, or engine and reference disagree
     └── BuildError          8    a build or an export failed
@@ -17,6 +19,8 @@ from __future__ import annotations
 
 __all__ = [
     "BuildError",
+    "BusyError",
+    "DeadlineError",
     "HstError",
     "IncompatibleError",
     "IntegrityError",
@@ -75,6 +79,18 @@ class ResourceError(HstError):
     """Memory or disk ran out."""
 
     exit_code = 5
+
+
+class BusyError(ResourceError):
+    """A server takes no more requests now; `retry_after` says in how many seconds one may ask again."""
+
+    def __init__(self, problem: str, *, retry_after: int, found: str | None = None, fix: str | None = None) -> None:
+        super().__init__(problem, found=found, fix=fix)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ResourceError):
+    """A request took longer than it may, waiting and drawing."""
 
 
 class IntegrityError(HstError):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 CORPUS = SOURCES / "fuzz" / "corpus"
 READERS = ("manifest", "tokenizer")
 SECONDS = int(os.environ.get("HST_TRT_FUZZ_SECONDS", "60"))
-TESTS = ("tests/test_host.py", "tests/test_bundle_readers.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("host", "host_api", "host_tensorrt", "host_tokenizers", "bundle_readers"))
 DROPPED_ERROR = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])

@@ -25,6 +25,7 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "calibrate": ("calibrate", "Measure how far schedules are from the large model, once per pair."),
     "run": ("run", "Draw images."),
     "bench": ("bench", "Time calls and whole runs of a bundle."),
+    "serve": ("serve", "Serve pictures over HTTP, with a page to look at."),
     "compare": ("compare", "Draw the same prompts by many schedules: what each costs, how far it is."),
 }
 
