@@ -44,33 +44,39 @@ using hst_trt::Error;
 constexpr int32_t kMostThreads = 256;  // ONNX Runtime was seen to hang with 1024
 
 // What was given out and not freed, of one kind, so that a handle that was freed, or is of another kind, is refused and not followed.
-// Whoever finds one holds it, so that it may be freed meanwhile.
+// Whoever finds one holds it, so that it may be freed meanwhile. Addresses are kept inverted: a leak checker would take what is
+// found here for in use, and tell no host of the handles it forgot.
 template <typename T>
 class Handles {
  public:
   T *add(std::shared_ptr<T> owner) {
     T *handle = owner.get();
+    auto kept = std::make_unique<std::shared_ptr<T>>(std::move(owner));
     const std::lock_guard<std::mutex> lock(guard_);
-    alive_[handle] = std::move(owner);
+    alive_[inverted(handle)] = inverted(kept.get());
+    kept.release();
     return handle;
   }
   std::shared_ptr<T> find(const T *handle) {
     const std::lock_guard<std::mutex> lock(guard_);
-    const auto found = alive_.find(handle);
-    return found == alive_.end() ? nullptr : found->second;
+    const auto found = alive_.find(inverted(handle));
+    return found == alive_.end() ? nullptr : *owner_at(found->second);
   }
   void remove(const T *handle) {
-    std::shared_ptr<T> owner;  // which ends after the lock
+    std::unique_ptr<std::shared_ptr<T>> owner;  // which ends after the lock
     const std::lock_guard<std::mutex> lock(guard_);
-    const auto found = alive_.find(handle);
+    const auto found = alive_.find(inverted(handle));
     if (found == alive_.end()) return;
-    owner = std::move(found->second);
+    owner.reset(owner_at(found->second));
     alive_.erase(found);
   }
 
  private:
+  static uintptr_t inverted(const void *address) { return ~reinterpret_cast<uintptr_t>(address); }
+  static std::shared_ptr<T> *owner_at(uintptr_t inverted) { return reinterpret_cast<std::shared_ptr<T> *>(~inverted); }
+
   std::mutex guard_;
-  std::unordered_map<const T *, std::shared_ptr<T>> alive_;
+  std::unordered_map<uintptr_t, uintptr_t> alive_;
 };
 
 template <typename T>
