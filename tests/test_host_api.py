@@ -446,7 +446,7 @@ def test_handles_freed_by_another_thread_meanwhile_are_refused_or_work(library: 
             library.raw.hst_bundle_free(host.bundle.handle)
             library.raw.hst_pipeline_free(host.handle)
 
-        thread = threading.Thread(target=free)
+        thread = threading.Thread(target=free, daemon=True)  # which a drawing that fails must not leave waiting
         thread.start()
         host(["a cat"], num_inference_steps=3, progress=lambda done, steps, started=started: started.set() or 0)
         thread.join()
@@ -581,6 +581,7 @@ def test_equal_seeds_give_equal_bytes_whichever_worker_draws_them(
             output=str(tmp_path / f"{i}.png"),
             seed=i % 4,
             schedule=("hybrid", "large")[i % 2],
+            stages=((1, 2, 2), (5, 0, 0))[i % 2],
             **settings,
         )
         for i in range(20)
@@ -595,7 +596,8 @@ def test_equal_seeds_give_equal_bytes_whichever_worker_draws_them(
         assert answer["seconds"] > 0
         assert Path(order["output"]).read_bytes() == (tmp_path / f"{i % 4}.png").read_bytes()
     for i in range(4):
-        theirs = pipelines[1](f"a cat {i}", seed=i, schedule=("hybrid", "large")[i % 2], **settings)
+        schedule, stages = (("hybrid", (1, 2, 2)), ("large", (5, 0, 0)))[i % 2]
+        theirs = pipelines[1](f"a cat {i}", seed=i, schedule=schedule, stages=stages, **settings)
         assert_same_pictures(np.asarray(Image.open(tmp_path / f"{i}.png"))[None], pixels(theirs))
 
 
@@ -616,6 +618,9 @@ BAD_LINES = {
     '{"prompt": "a", "output": "a.png", "height": 65}': "height 65 is not a multiple",
     '{"prompt": "a", "output": "a.png", "schedule": 3}': "schedule is not a text",
     '{"prompt": "a", "output": "a.png", "guidance_scale": "x"}': "guidance_scale is not a number",
+    '{"prompt": "a", "output": "a.png", "stages": [1, 2]}': "stages are not three numbers",
+    '{"prompt": "a", "output": "a.png", "stages": [1, 2, -3]}': "stages is not a whole number",
+    '{"prompt": "a", "output": "a.png", "stages": [1, 2, 3], "num_inference_steps": 5}': "do not make 5 steps",
     '{"prompt": "a", "output": "a.png", "schedule": "none"}': "unknown schedule 'none'",
     '{"prompt": "a", "output": "nowhere/a.png"}': "there is no folder nowhere",
     '{"prompt": "a", "output": "' + "x" * 2_000_000 + '"}': "longer than",
@@ -821,5 +826,5 @@ def test_the_page_names_every_error_code_and_every_field_of_a_line() -> None:
     assert dict(re.findall(r"^\| (\d+) \| `(HST_[A-Z]+)` \|", page, re.M)) == {code: name for name, code in codes.items()}
     order = (SOURCES / "programs" / "order.cpp").read_text(encoding="utf-8")
     fields = set(re.findall(r'^ +\{"(\w+)",', order, re.M))
-    assert len(fields) == 13
+    assert len(fields) == 14
     assert all(f"`{field}`" in page for field in fields)

@@ -21,7 +21,12 @@ READERS = ("manifest", "tokenizer")
 SECONDS = int(os.environ.get("HST_TRT_FUZZ_SECONDS", "60"))
 TESTS = tuple(f"tests/test_{name}.py" for name in ("host", "host_api", "host_tensorrt", "host_tokenizers", "bundle_readers"))
 # They run other programs, which leak by themselves: CMake and a compiler, and a Python without the host.
-NOT_OURS = ("test_an_installed_host_is_found_by_cmake", "test_the_host_in_python_draws")
+NOT_OURS = (
+    "test_an_installed_host_is_found_by_cmake",
+    "test_the_host_in_python_draws",
+    "_on_the_page_runs",
+    "_of_the_page_runs",
+)
 DROPPED_ERROR = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])

@@ -61,6 +61,13 @@ const std::map<std::string, Set> &settings() {
       {"num_inference_steps", whole(&hst_request::num_inference_steps)},
       {"guidance_scale", number(&hst_request::guidance_scale)},
       {"schedule", text(&hst_request::schedule)},
+      {"stages",
+       [](hst::Request &request, const std::string &key, const json::Value &value) {
+         const auto *counts = value.array();
+         if (!counts || counts->size() != 3) refuse(key + " are not three numbers of steps: large, hybrid, small");
+         request->has_stages = 1;
+         for (size_t i = 0; i < 3; ++i) request->stages[i] = static_cast<int32_t>(whole_of(key, (*counts)[i]));
+       }},
       {"mask_ratio", number(&hst_request::mask_ratio)},
       {"refresh_every", whole(&hst_request::refresh_every)},
       {"correction", number(&hst_request::correction)},
