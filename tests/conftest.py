@@ -156,12 +156,18 @@ def tiny_rtx_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def engine_bundle(tiny_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pair as a bundle of engines that the doubles of TensorRT and CUDA run. Not to be changed."""
+def engine_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pair as a bundle of engines that the doubles of TensorRT and CUDA run. Not to be changed.
+
+    HST_TRT_TEST_ENGINES names one that is there already, as HST_TRT_TEST_BUNDLE does for `tiny_bundle`.
+    """
+    if given := os.environ.get("HST_TRT_TEST_ENGINES"):
+        return Path(given)
     from fake_bundle import make_engine_bundle
 
     from hst_trt.recipe import load_recipe
 
+    tiny_pair = request.getfixturevalue("tiny_pair")
     with _shared_folder(tmp_path_factory, "tiny-engines") as folder:
         final = folder / "tiny-h100.hstb"
         return final if final.is_dir() else make_engine_bundle(load_recipe(str(tiny_pair.with_name("tiny.toml"))), final)

@@ -22,6 +22,7 @@ SECONDS = int(os.environ.get("HST_TRT_FUZZ_SECONDS", "60"))
 TESTS = tuple(f"tests/test_{name}.py" for name in ("host", "host_api", "host_tensorrt", "host_tokenizers", "bundle_readers"))
 # They run other programs, which leak by themselves: CMake and a compiler, and a Python without the host.
 NOT_OURS = (
+    "test_the_host_in_cpp_is_built_on_the_installed_library_and_draws",
     "test_an_installed_host_is_found_by_cmake",
     "test_the_host_in_python_draws",
     "_on_the_page_runs",
@@ -35,8 +36,8 @@ for _ in range(10):
 """
 
 
-def in_address_sanitizer(*arguments: object, logs: Path, built: Path, bundle: Path) -> subprocess.CompletedProcess[str]:
-    """Python with the sanitized library. Its reports are files in `logs`.
+def in_address_sanitizer(*arguments: object, logs: Path, built: Path, **bundles: Path) -> subprocess.CompletedProcess[str]:
+    """Python with the sanitized library, and bundles that are built already. Its reports are files in `logs`.
 
     The runtimes of the sanitizer and of C++ come first, because Python has neither and loads our library late.
     """
@@ -49,7 +50,7 @@ def in_address_sanitizer(*arguments: object, logs: Path, built: Path, bundle: Pa
         "ASAN_OPTIONS": f"detect_leaks=1:log_path={logs / 'log'}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "HST_TRT_TEST_HOST": str(built),
-        "HST_TRT_TEST_BUNDLE": str(bundle),
+        **{f"HST_TRT_TEST_{name.upper()}": str(path) for name, path in bundles.items()},
     }
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=SOURCES.parents[1])
@@ -67,12 +68,12 @@ def our_reports(logs: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_all_tests_of_the_host_pass_with_the_address_and_undefined_behaviour_sanitizers(
-    tiny_bundle: Path, tmp_path: Path
+    tiny_bundle: Path, engine_bundle: Path, tmp_path: Path
 ) -> None:
     built = build_host("sanitize")
     others = " and ".join(f"not {test}" for test in NOT_OURS)
     command = ("-m", "pytest", "-q", *TESTS, "-m", "not slow", "-k", f"not [python and {others}")
-    done = in_address_sanitizer(*command, logs=tmp_path, built=built, bundle=tiny_bundle)
+    done = in_address_sanitizer(*command, logs=tmp_path, built=built, bundle=tiny_bundle, engines=engine_bundle)
     assert re.search(r"^\d{3,} passed", done.stdout, re.MULTILINE), done.stdout[-4000:] + done.stderr[-4000:]
     assert " failed" not in done.stdout
     assert our_reports(tmp_path) == []
