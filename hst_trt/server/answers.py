@@ -82,6 +82,7 @@ def model_entry(bundle: Bundle, machine: Machine | None, limits: Limits) -> dict
             "num_tokens": h * w,
             "schedules": list(get_args(Schedule)),
             "speedups": _speedups(bundle, machine),
+            "baseline_steps": _baseline_steps(bundle),
             "max_images": min(limits.images, manifest.limits.max_images),
             "max_steps": limits.steps,
             "precision": manifest.target.precision,
@@ -100,6 +101,14 @@ def _speedups(bundle: Bundle, machine: Machine | None) -> list[dict[str, Any]]:
     shape = RequestShape(1, calibration.guidance_scale > 1, *token_grid(bundle, None, None))
     best = frontier(bundle, calibration, call_costs(bundle, shape, machine))
     return [{"speedup": round(option.speedup, 3), "schedule": option.options} for option in best]
+
+
+def _baseline_steps(bundle: Bundle) -> int | None:
+    """Steps of the large model alone that speed-ups are counted from."""
+    try:
+        return calibration_of(bundle, None, None).baseline_steps
+    except MissingError:
+        return None
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------------
