@@ -248,7 +248,7 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (!drawing) draw();
 });
-form.addEventListener("input", () => explain(model));
+for (const event of ["input", "change"]) form.addEventListener(event, () => explain(model)); // not all ways to choose are input
 byId("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("draw").disabled) form.requestSubmit();
 });
