@@ -210,7 +210,7 @@ def test_a_newcomer_draws_with_three_keys_and_sees_large_only_beside_it(page: Pa
     assert page.focused() == "draw"
 
     said = page.js("return said")
-    assert any(re.fullmatch(r"This picture: step \d+ of 20, hybrid, 80 large tokens", line) for line in said["doing"])
+    assert any(re.fullmatch(r"This picture: step \d+ of 20, hybrid stage, large model on 80 tokens", line) for line in said["doing"])
     assert any(line.startswith("Large only: step 1 of 20, large") for line in said["doing"])
     stages = [line for line in said["announced"] if line.startswith("This picture: ") and " stage" in line]
     assert [line.split()[2] for line in stages] == ["large", "hybrid", "small"]  # once a stage, not once a step
@@ -440,8 +440,8 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(page: Page, demo_bundle: Pat
 
 # -- for everyone ---------------------------------------------------------------------------------------------------------
 INTERACTIVE = {
-    "button", "checkbox", "textbox", "combobox", "spinbutton", "slider", "link", "progressbar", "image", "img", "region", "form",
-    "listbox", "DisclosureTriangle",
+    "button", "checkbox", "textbox", "combobox", "spinbutton", "slider", "link", "progressbar", "image", "img", "region",
+    "form", "listbox", "DisclosureTriangle",
 }  # fmt: skip
 
 CONTRAST = """

@@ -44,10 +44,13 @@ async function drawReference(run) {
   if (run.request.schedule === "large") references.set(identity(request), run);
   if (!references.has(identity(request))) {
     if (run === shown && !pinned) view.showBlank(byId("other-figure"), "Drawing …", "Large only");
-    references.set(identity(request), await drawRun(request, "Large only"));
-    references = new Map([...references].slice(-KEPT));
-  }
-  if (run === shown) await show(run);
+    try {
+      references.set(identity(request), await drawRun(request, "Large only"));
+      references = new Map([...references].slice(-KEPT));
+    } finally {
+      if (run === shown) await show(run);
+    }
+  } else if (run === shown) await show(run);
 }
 
 async function drawRun(request, name) {
@@ -62,7 +65,7 @@ async function drawRun(request, name) {
         byId("bar").max = data.steps;
         byId("bar").value = data.step;
         byId("bar").dataset.stage = data.stage;
-        byId("doing").textContent = `${name}: step ${data.step} of ${data.steps}, ${data.stage}, ${data.large_tokens} large tokens`;
+        byId("doing").textContent = `${name}: step ${data.step} of ${data.steps}, ${data.stage} stage, large model on ${data.large_tokens} tokens`;
         if (stage !== data.stage) announce(`${name}: ${data.stage} stage, step ${data.step} of ${data.steps}`);
         stage = data.stage;
       },

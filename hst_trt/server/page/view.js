@@ -78,7 +78,7 @@ export async function showFigures(run, other) {
   } else {
     facts.push(["Speed-up of the loop", times(stats.modelled_speedup), `not measured; by ${stats.cost_source}`]);
   }
-  const computed = `${stats.large_tokens} of ${stats.num_tokens * stats.steps} tokens computed`;
+  const computed = `${stats.large_tokens} of ${stats.num_tokens * stats.steps} tokens in ${stats.steps} steps`;
   facts.push(["Large compute saved", percent(stats.large_compute_saved), computed]);
   if (other && run.width === other.run.width && run.height === other.run.height) {
     const images = await Promise.all([run.url, other.run.url].map(loaded));
