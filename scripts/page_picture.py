@@ -1,7 +1,7 @@
 """Takes the pictures of the server's page in the documents: a real server, the demo bundle, Debian's Chromium.
 
-Run after the page or the demo pair has changed; needs chromium and chromium-driver. Writes page.png and page_dark.png into
-docs/images.
+Run after the page or the demo pair has changed, on an idle machine, whose times they show; needs chromium and chromium-driver.
+Writes page.png and page_dark.png into docs/images, and prints the times.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def main() -> None:
             assert server.stderr is not None
             ready = next(found for line in server.stderr if (found := re.search(r"ready on (\S+)", line)))
             for name, scheme in (("page.png", "light"), ("page_dark.png", "dark")):
-                take(ready.group(1), scheme).save(IMAGES / name, optimize=True)
-                print(IMAGES / name)
+                image, figures = take(ready.group(1), scheme)
+                image.save(IMAGES / name, optimize=True)
+                print(f"{IMAGES / name}: {figures}")
         finally:
             server.send_signal(signal.SIGTERM)
 
 
-def take(address: str, scheme: str) -> Image.Image:
-    """The whole page after three drawings of the prompt it starts with, the first one shown with a mask."""
+def take(address: str, scheme: str) -> tuple[Image.Image, str]:
+    """The whole page after some drawings of the prompt it starts with, the last one shown with a mask; and its figures."""
     options = webdriver.ChromeOptions()
     with tempfile.TemporaryDirectory() as profile:
         for flag in (*FLAGS, f"--user-data-dir={profile}"):
@@ -70,8 +71,9 @@ def take(address: str, scheme: str) -> Image.Image:
                 "document.activeElement.blur()",
                 STEP,
             )
+            figures = " ".join(browser.find_element("id", "facts").text.split())
             taken = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
-    return Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
+    return Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB"), figures
 
 
 def draw(browser: webdriver.Chrome, schedule: str) -> None:

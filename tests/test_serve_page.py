@@ -207,7 +207,7 @@ def test_a_newcomer_draws_with_three_keys_and_sees_large_only_beside_it(page: Pa
     assert page.focused() == "draw"
     page.press(Keys.ENTER)
     page.wait_until_drawn()
-    assert page.focused() == "draw"
+    page.wait(lambda: page.focused() == "draw")
 
     said = page.js("return said")
     assert any(
@@ -379,7 +379,7 @@ def test_cancel_ends_the_servers_work(page: Page, service: ImageService) -> None
     assert step < 50
     page.wait(lambda: count("hst_trt_requests_running") == 0, 5)
     assert count("hst_trt_requests_total", outcome="cancelled") == before + 1
-    assert page.focused() == "draw"
+    page.wait(lambda: page.focused() == "draw")
     assert page.text("error") == ""
     page.set("size", "256x256")
     page.set("schedule", "small")
@@ -390,7 +390,6 @@ def test_cancel_ends_the_servers_work(page: Page, service: ImageService) -> None
 
 
 def test_a_picture_stays_when_large_only_is_cancelled(page: Page) -> None:
-    page.set("size", "384x384")
     page.set("schedule", "small")
     page.set("steps", 100)
     page.find("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
@@ -399,7 +398,7 @@ def test_a_picture_stays_when_large_only_is_cancelled(page: Page) -> None:
     page.find("#cancel").click()
     page.wait_until_drawn()
     assert page.text("other-figure").split() == ["Not", "drawn.", "Large", "only"]
-    assert page.pixels("#main-figure img").shape == (384, 384, 4)
+    assert page.pixels("#main-figure img").shape == (256, 256, 4)
     assert "not measured" in page.text("facts")
     page.check_nothing_went_wrong()
 
@@ -563,8 +562,9 @@ def test_it_fits_screens_from_360_pixels_on(page: Page) -> None:
 
 def test_focus_can_be_seen_wherever_it_is(page: Page) -> None:
     page.draw()
+    page.wait(lambda: page.focused() == "draw")
     visited = set()
-    for _ in range(45):  # past the last one to the first again
+    for _ in range(60):  # past the last one, through the browser's own, to the first again
         page.press(Keys.TAB)
         at = page.js(
             "const e = document.activeElement, s = getComputedStyle(e);"
@@ -572,6 +572,8 @@ def test_focus_can_be_seen_wherever_it_is(page: Page) -> None:
         )
         visited.add(at[0])
         assert at[1] or at[2:] == ["solid", 2], at
+        if at[0] == "draw":
+            break
     expected = {
         "prompt",
         "draw",
