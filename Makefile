@@ -67,8 +67,9 @@ results: setup host beside-others  ## Measure what docs/results.md shows, two ho
 	$(BIN)/python benchmarks/host_beside_python.py
 	$(BIN)/python benchmarks/page.py
 
-pictures: setup  ## Draw the pictures of the README anew.
+pictures: setup  ## Draw the pictures of the README anew; that of the server's page needs Chromium.
 	$(BIN)/python scripts/readme_pictures.py
+	$(BIN)/python scripts/page_picture.py
 
 bench: setup  ## Time calls, whole runs and start-up, beside the cost model.
 	$(BIN)/hst-trt build --gpu cpu --pair demo
