@@ -114,7 +114,7 @@ class Drawer:
         h, w = _blaming("size", lambda: token_grid(self.bundle, *request.shape))
         height, width = side * h, side * w
         settings = self._settings(request, height, width)
-        plan = plan_request(self.bundle, height=height, width=width, **settings)
+        plan = self._plan(settings, height, width)
         images = request.n or 1
         self._check_limits(request, images, height * width, len(plan.steps))
         prompts = _blaming("prompt", lambda: check_prompts(request.prompt))
@@ -131,6 +131,13 @@ class Drawer:
             plan=plan,
             details=bool(request.details),
         )
+
+    def _plan(self, settings: dict[str, Any], height: int, width: int) -> StitchPlan:
+        try:
+            return plan_request(self.bundle, height=height, width=width, **settings)
+        except RequestError as exc:
+            first = exc.problem.partition(" ")[0]  # these name their argument first
+            raise FieldError(exc.problem, field=first if first in settings else None, found=exc.found, fix=exc.fix) from exc
 
     def _check_limits(self, request: ImageRequest, images: int, pixels: int, steps: int) -> None:
         """What defaults and the planner decided counts too."""
