@@ -224,6 +224,24 @@ def test_the_command_of_a_serving_pod_parses_and_its_port_is_everywhere_the_same
 
 
 @serve_overlays
+def test_probes_and_prometheus_ask_for_paths_that_the_server_has(overlay: str, demo_bundle: Path) -> None:
+    pytest.importorskip("fastapi", reason="pip install 'hst_trt[serve]'")
+    from hst_trt.server.app import make_app
+    from hst_trt.server.service import ImageService
+
+    paths = make_app(ImageService(demo_bundle)).openapi()["paths"]
+    probes = {name: probe["httpGet"] for name, probe in serving(overlay).items() if name.endswith("Probe")}
+    assert {name: probe["path"] for name, probe in probes.items()} == {
+        "startupProbe": "/health/ready",
+        "readinessProbe": "/health/ready",
+        "livenessProbe": "/health/live",
+    }
+    scraped = pod(overlay)["metadata"]["annotations"]["prometheus.io/path"]
+    assert all("get" in paths[path] for path in (scraped, *(probe["path"] for probe in probes.values())))
+    assert {probe["port"] for probe in probes.values()} == {"http"}
+
+
+@serve_overlays
 def test_the_keys_are_a_file_of_a_secret(overlay: str) -> None:
     container = serving(overlay)
     (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "keys")
