@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others clean
+.PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others ray clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,6 +85,16 @@ $(OPTIMUM)/.ready: benchmarks/optimum.txt
 
 beside-others: setup $(OPTIMUM)/.ready  ## Time hst_trt beside diffusers, torch.compile and optimum-onnx (which gets its own environment), six minutes.
 	$(BIN)/python benchmarks/beside_others.py --threads 1
+
+RAY := build/out/ray
+
+$(RAY)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[serve]" "ray[serve]==2.60.0"
+	touch $@
+
+ray: setup $(RAY)/.ready  ## Test the example for Ray Serve with two replicas; Ray gets its own environment, 0.7 GB.
+	$(BIN)/python -m pytest -q tests/test_ray_serve.py
 
 clean:  ## Remove bundles and work files; pictures and the environment stay.
 	rm -rf build/out dist engines/*.hstb engines/.*.hstb.*

@@ -162,8 +162,14 @@ def only_the_build_image_has_what_exports(text: str) -> None:
             for arguments in stages(text)[image].all("RUN")
             for name in re.findall(r"--requirement \"?/requirements/(\S+?)\.txt", filled_in(arguments, build_arguments(text)))
         }
-        expected = {"cpu": {"run"}, "runtime": {"run", "tensorrt"}, "build": {"run", "tensorrt", "export"}}
+        served = {"run", "serve"}
+        expected = {"cpu": served, "runtime": served | {"tensorrt"}, "build": served | {"tensorrt", "export"}}
         assert named == expected[image], image
+
+
+def the_servers_port_is_named(text: str) -> None:
+    (option,) = (option for option in cli.get_command(click.Context(cli), "serve").params if option.name == "port")  # type: ignore[union-attr]
+    assert stages(text)["base"].all("EXPOSE") == [str(option.default)]
 
 
 def stages_use_files_that_another_has_made(text: str) -> None:
@@ -232,6 +238,7 @@ RULES: dict[Rule, list[tuple[str, str]]] = {  # a rule, and changes that it must
         ("FROM gpu-packages AS runtime", "FROM export-packages AS runtime"),
         ("FROM export-packages AS build", "FROM gpu-packages AS build"),
     ],
+    the_servers_port_is_named: [("EXPOSE 8000", "EXPOSE 8080")],
     stages_use_files_that_another_has_made: [
         ("COPY --from=requirements /requirements/export.txt /requirements/\n", ""),
         ("--from=package", "--from=wheel"),
@@ -261,14 +268,14 @@ def test_a_dockerfile_that_breaks_a_rule_is_noticed(rule: Rule, old: str, new: s
 
 
 def test_everything_that_an_image_asks_for_by_name_has_one_version(requirement_files: dict[str, set[str]]) -> None:
-    asked = {"run.txt", "export.txt", *(f"{extra}.txt" for extra in EXTRAS.values())}
+    asked = {"run.txt", "serve.txt", "export.txt", *(f"{extra}.txt" for extra in EXTRAS.values())}
     named = set().union(*(requirement_files[file] for file in asked)) | {"hatchling"}
     assert named <= {canonical(name) for name in pins()}
 
 
 def test_what_a_run_needs_has_nothing_of_what_an_export_needs(requirement_files: dict[str, set[str]]) -> None:
     assert requirement_files["export.txt"] >= EXPORT_ONLY
-    for file in ("run.txt", *(f"{extra}.txt" for extra in EXTRAS.values())):
+    for file in ("run.txt", "serve.txt", *(f"{extra}.txt" for extra in EXTRAS.values())):
         assert not requirement_files[file] & EXPORT_ONLY, file
 
 
@@ -317,15 +324,27 @@ def test_the_compose_file_follows_the_schema_of_compose() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_each_service_builds_an_image_of_this_version_and_runs_a_command_that_parses(compose: dict) -> None:
+OURS = {"cpu", "build", "run", "serve", "serve-gpu"}
+SERVERS = {"serve", "serve-gpu"}
+OTHERS = {"prometheus", "grafana"}
+
+
+def test_each_service_of_ours_builds_an_image_of_this_version_and_runs_a_command_that_parses(compose: dict) -> None:
+    assert compose["services"].keys() == OURS | OTHERS
     targets = {}
-    for name, service in compose["services"].items():
+    for name in OURS:
+        service = compose["services"][name]
         build = service["build"]
         assert (DOCKER / build["context"] / build["dockerfile"]).resolve() == DOCKER / "Dockerfile"
         assert_parses(service["command"])
-        targets[build["target"]] = service["image"]
-        assert "privileged" not in service, name
+        assert targets.setdefault(build["target"], service["image"]) == service["image"], name
     assert targets == {target: tag_of(target) for target in IMAGES}
+
+
+def test_images_of_others_have_one_version_and_no_host(compose: dict) -> None:
+    for name in OTHERS:
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", compose["services"][name]["image"]), name
+        assert "build" not in compose["services"][name]
 
 
 def test_services_have_no_rights_that_they_do_not_need(compose: dict) -> None:
@@ -333,25 +352,70 @@ def test_services_have_no_rights_that_they_do_not_need(compose: dict) -> None:
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert (service["network_mode"] == "none") == (name != "build"), "only the build asks the hub"
-        assert ("secrets" in service) == (name == "build"), "only the build knows the token"
+        assert not {"privileged", "user", "pid", "ipc", "cap_add"} & service.keys(), name
+    for name in OURS - SERVERS:
+        assert compose["services"][name]["network_mode"] == ("bridge" if name == "build" else "none"), (
+            "only the build asks the hub"
+        )
+    secrets = {name: service["secrets"] for name, service in compose["services"].items() if "secrets" in service}
+    assert secrets == {"build": ["hf_token"]} | {name: ["api_keys"] for name in SERVERS}, "each knows what it needs"
 
 
 def test_services_write_only_to_volumes_that_the_image_has(compose: dict) -> None:
     volumes = set(json.loads(stages(DOCKERFILE)["base"].last("VOLUME")))
-    for name, service in compose["services"].items():
-        for source, path, *mode in (volume.split(":") for volume in service["volumes"]):
+    for name in OURS:
+        for source, path, *mode in (volume.split(":") for volume in compose["services"][name]["volumes"]):
             assert source in compose["volumes"]
             assert path in volumes, name
-            assert mode == (["ro"] if (name, path) == ("run", "/data") else []), "a run does not change bundles"
+            assert mode == (["ro"] if (name, path) in {("run", "/data"), ("serve-gpu", "/data")} else []), (
+                "engines are only read"
+            )
+
+
+def test_others_read_files_of_this_folder_and_write_to_a_volume_of_their_own(compose: dict) -> None:
+    for name in OTHERS:
+        for source, _, *mode in (volume.split(":") for volume in compose["services"][name]["volumes"]):
+            if source.startswith("./"):
+                assert (DOCKER / source).exists(), source
+                assert mode == ["ro"]
+            else:
+                assert source in set(compose["volumes"]) - {"data", "outputs"}, name
 
 
 def test_the_gpus_services_reserve_one_gpu_and_do_not_start_by_themselves(compose: dict) -> None:
-    for name in ("build", "run"):
+    for name in ("build", "run", "serve-gpu"):
         (device,) = compose["services"][name]["deploy"]["resources"]["reservations"]["devices"]
         assert device == {"driver": "nvidia", "device_ids": ["${HST_GPU:-0}"], "capabilities": ["gpu"]}
-        assert compose["services"][name]["profiles"]
-    assert not {"deploy", "profiles"} & compose["services"]["cpu"].keys(), "this is what `up` starts, on any host"
+    assert [name for name, service in compose["services"].items() if "profiles" not in service] == ["cpu"], "what `up` starts"
+    assert "deploy" not in compose["services"]["cpu"], "on any host"
+
+
+def test_what_listens_is_reached_from_this_host_only(compose: dict) -> None:
+    published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
+    assert published.keys() == SERVERS | OTHERS
+    for name, ports in published.items():
+        (port,) = ports
+        assert re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port), name
+        assert compose["services"][name]["networks"] == ["serving"], name
+
+
+def test_servers_are_asked_whether_they_are_ready_and_have_time_to_drain(compose: dict) -> None:
+    for name in SERVERS:
+        service = compose["services"][name]
+        (_, host, port, _) = re.split(r"//|:(?=\d)|(?<=\d)/", service["healthcheck"]["test"][-1], maxsplit=3)
+        assert (host, f"{host}:{port}:{port}") == ("127.0.0.1", service["ports"][0])
+        deadline = float(service["command"][service["command"].index("--deadline") + 1])
+        assert float(service["stop_grace_period"].removesuffix("s")) > deadline, name
+
+
+def test_the_keys_are_a_file_that_the_servers_are_pointed_to(compose: dict) -> None:
+    for name in SERVERS:
+        service = compose["services"][name]
+        (secret,) = service["secrets"]
+        command = service["command"]
+        assert command[command.index("--api-key-file") + 1] == f"/run/secrets/{secret}"
+        assert "environment" not in service, "a variable shows in `docker inspect`"
+        assert compose["secrets"][secret] == {"file": "${HST_API_KEY_FILE:-/dev/null}"}
 
 
 def test_the_token_is_a_file_that_the_hubs_library_is_pointed_to(compose: dict) -> None:
@@ -375,6 +439,10 @@ def test_docker_commands_on_the_pages_name_services_images_and_commands_that_the
     for words in docker_lines():
         if words[1] == "compose":
             assert words[2:4] == ["-f", "docker/compose.yaml"], words
+            profiles = {profile for service in compose["services"].values() for profile in service.get("profiles", [])}
+            if words[4] == "--profile":
+                assert words[5] in profiles, words
+                del words[4:6]
             subcommand, rest = words[4], [word for word in words[5:] if word != "--rm"]
             used.add(subcommand)
             if subcommand == "run":
@@ -401,7 +469,14 @@ def test_docker_commands_on_the_pages_name_services_images_and_commands_that_the
 
 def test_the_page_tells_all_that_can_be_set(compose: dict) -> None:
     spans = {word for span in code_spans("docker/README.md") for word in (span, span.partition("=")[0])}
-    variables = {"HF_TOKEN_PATH", "HST_GPU", "HF_TOKEN_FILE", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"}
+    variables = {
+        "HF_TOKEN_PATH",
+        "HST_GPU",
+        "HF_TOKEN_FILE",
+        "HST_API_KEY_FILE",
+        "NVIDIA_VISIBLE_DEVICES",
+        "NVIDIA_DRIVER_CAPABILITIES",
+    }
     assert spans >= variables | set(build_arguments(DOCKERFILE)) | {"/data", "/outputs"} | {tag_of(image) for image in IMAGES}
     assert set(re.findall(r"\$\{(\w+)", (DOCKER / "compose.yaml").read_text())) <= variables
 
