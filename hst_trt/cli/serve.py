@@ -40,7 +40,7 @@ _SHORTEST_KEY = 16
 )  # fmt: skip
 @click.option(
     "--max-batch", type=click.IntRange(min=0), default=0,
-    help="Images drawn together, of requests that allow it. [default: what the bundle can on a CPU, 1 on a GPU]",
+    help="Images drawn together, of requests that allow it. [default: 4 on a CPU, 1 on a GPU]",
 )  # fmt: skip
 @click.option(
     "--max-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps that a request may ask for."

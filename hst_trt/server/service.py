@@ -33,6 +33,7 @@ __all__ = ["ImageService", "State", "Ticket"]
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "draining", "failed"]
+_CPU_BATCH = 4
 _FIRST_GUESS = 5.0
 """Seconds a request is taken to need before one was drawn."""
 
@@ -71,8 +72,8 @@ class ImageService:
         threads: of a call on the CPU; 0 shares the physical cores out among the workers.
         queue: how many requests may wait.
         deadline: seconds a request may take, waiting and drawing.
-        max_batch: images that are drawn together; 0 takes as many as the bundle can for the CPU, and one for engines, whose
-            graphs are captured anew whenever the batch changes its size.
+        max_batch: images that are drawn together; 0 takes 4 on the CPU, where more gain little and all wait for the last, and
+            1 for engines, whose graphs are captured anew whenever the batch changes its size.
         limits: of one request.
 
     Raises:
@@ -103,7 +104,7 @@ class ImageService:
         self.failure: BaseException | None = None
         self.deadline = deadline
         most = self.bundle.manifest.limits.max_images
-        self.max_batch = min(max_batch or (most if on_cpu else 1), most)
+        self.max_batch = min(max_batch or (_CPU_BATCH if on_cpu else 1), most)
         self._drawer = Drawer(self.bundle, self.machine, self.limits)
         self._queue_size = queue
         self._open: Callable[[], HybridStitchPipeline] = lambda: HybridStitchPipeline(
