@@ -52,14 +52,12 @@ def test_a_client_cannot_smuggle_fields_in_as_the_frontends() -> None:
     assert fields.keys() == {"prompt", "extra_args", "_HEALTH_CHECK"}
 
 
-def test_without_dynamo_the_command_says_how_to_install_it(
-    hst: Callable[..., Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "dynamo", None)
-    monkeypatch.setitem(sys.modules, "dynamo.common.backend.engine", None)
-    ended = hst("dynamo-worker", tiny_bundle)
-    assert ended.code == 4
-    assert "pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1" in ended.err
+@pytest.mark.parametrize("missing", ["dynamo", "prometheus_client"])
+def test_without_its_packages_the_command_says_how_to_install_them(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom hst_trt.cli.main import main\nmain()"
+    ended = subprocess.run([sys.executable, "-c", code, "dynamo-worker"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 4, ended.stderr
+    assert "pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1" in ended.stderr
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..errors import MissingError
 from .options import DEVICE, THREADS, find_bundle
 
 __all__ = ["dynamo_worker"]
@@ -36,8 +37,17 @@ def dynamo_worker(
     BUNDLE is a name or a path; by default the newest that runs here. Run one worker for each GPU. Workers of one model name
     share its requests. Dynamo's own settings are its environment variables, such as DYN_DISCOVERY_BACKEND.
     """
-    from ..integrations.dynamo import run_worker
-    from ..server.service import ImageService
+    try:
+        import dynamo.common.backend.worker  # noqa: F401 -- what is missing shows before the bundle is read
+
+        from ..integrations.dynamo import run_worker
+        from ..server.service import ImageService
+    except ImportError as exc:
+        raise MissingError(
+            "the Dynamo worker needs packages that are not here",
+            found=str(exc),
+            fix='pip install "hst_trt[dynamo]" && pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1',
+        ) from exc
 
     service = ImageService(
         find_bundle(bundle, device), device=device, threads=threads, queue=queue, deadline=deadline, max_batch=max_batch

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from ..errors import BusyError, DeadlineError, HstError, IncompatibleError, MissingError, RequestError
+from ..errors import BusyError, DeadlineError, HstError, IncompatibleError, RequestError
 from ..server.answers import encode, error_body
 from ..server.drawing import Drawn
 from ..server.request import FieldError, ImageRequest
@@ -41,7 +41,6 @@ def run_worker(service: ImageService, model_name: str) -> None:
     Discovery, namespace and transport are set by Dynamo's own environment variables, as its frontend's are.
 
     Raises:
-        MissingError: Dynamo is not installed.
         IncompatibleError: Dynamo's runtime could not start, or failed.
         HstError: the service failed.
     """
@@ -88,22 +87,11 @@ def run_worker(service: ImageService, model_name: str) -> None:
 
 
 def make_engine(service: ImageService, model_name: str) -> Any:
-    """A service as Dynamo's DiffusionEngine. It starts and closes the service.
-
-    Raises:
-        MissingError: Dynamo is not installed.
-    """
-    try:
-        from dynamo.common.backend.engine import DiffusionEngine, EngineConfig
-        from dynamo.common.backend.health_check import build_raw_health_check_payload
-        from dynamo.common.backend.metrics import register_engine_registry
-        from dynamo.llm import exceptions
-    except ImportError as exc:
-        raise MissingError(
-            "the Dynamo worker needs NVIDIA Dynamo",
-            found=str(exc),
-            fix="pip install 'hst_trt[dynamo]' && pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1",
-        ) from exc
+    """A service as Dynamo's DiffusionEngine, which starts and closes it."""
+    from dynamo.common.backend.engine import DiffusionEngine, EngineConfig
+    from dynamo.common.backend.health_check import build_raw_health_check_payload
+    from dynamo.common.backend.metrics import register_engine_registry
+    from dynamo.llm import exceptions
 
     def for_frontend(error: Exception) -> Exception:
         """The exception that becomes the status that our own server answers with. The frontend shows the text of 400 only."""
