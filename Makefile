@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
+DYNAMO := ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
 PROMPT ?= a red apple on a blue background
 
 .PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others ray clean
@@ -16,6 +17,7 @@ setup: $(READY)  ## Make the environment: this checkout, with all it takes to ex
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(DYNAMO)
 	touch $@
 
 demo: setup  ## Export the demo pair's graphs, build its bundle, draw a picture and print its path.

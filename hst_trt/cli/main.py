@@ -27,6 +27,7 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "bench": ("bench", "Time calls and whole runs of a bundle."),
     "serve": ("serve", "Serve pictures over HTTP, with a page to look at."),
     "compare": ("compare", "Draw the same prompts by many schedules: what each costs, how far it is."),
+    "dynamo-worker": ("dynamo_worker", "Draw what NVIDIA Dynamo hands out: one worker of many."),
 }
 
 
@@ -38,7 +39,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"{__package__}.{_COMMANDS[cmd_name][0]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 
