@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..errors import MissingError
-from .options import DEVICE, THREADS, find_bundle
+from .options import find_bundle, service_options
 
 __all__ = ["dynamo_worker"]
 
@@ -13,25 +15,8 @@ __all__ = ["dynamo_worker"]
 @click.command()
 @click.argument("bundle", required=False)
 @click.option("--model-name", help="What clients call the model; the bundle's name if left out.")
-@DEVICE
-@THREADS
-@click.option("--queue", type=click.IntRange(min=1), default=64, show_default=True, help="How many requests may wait.")
-@click.option(
-    "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
-    default=300.0,
-    show_default=True,
-    help="Seconds a request may take, waiting and drawing.",
-)
-@click.option(
-    "--max-batch",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Images drawn together, of requests that allow it. [default: what the bundle can on a CPU, 1 on a GPU]",
-)
-def dynamo_worker(
-    bundle: str | None, model_name: str | None, device: int, threads: int, queue: int, deadline: float, max_batch: int
-) -> None:
+@service_options
+def dynamo_worker(bundle: str | None, model_name: str | None, device: int, **settings: Any) -> None:
     """Draw what NVIDIA Dynamo's frontend hands out, until SIGTERM; then finish what was begun.
 
     BUNDLE is a name or a path; by default the newest that runs here. Run one worker for each GPU. Workers of one model name
@@ -49,7 +34,5 @@ def dynamo_worker(
             fix='pip install "hst_trt[dynamo]" && pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1',
         ) from exc
 
-    service = ImageService(
-        find_bundle(bundle, device), device=device, threads=threads, queue=queue, deadline=deadline, max_batch=max_batch
-    )
+    service = ImageService(find_bundle(bundle, device), device=device, **settings)
     run_worker(service, model_name or service.bundle.manifest.name)

@@ -29,6 +29,7 @@ __all__ = [
     "prompts_of",
     "schedule_options",
     "schedules_of",
+    "service_options",
     "size_options",
 ]
 
@@ -46,6 +47,25 @@ DEVICE = click.option(
 )
 THREADS = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="Threads of a call; 0 takes one per physical core."
+)
+
+_SERVICE = (
+    DEVICE,
+    THREADS,
+    click.option("--queue", type=click.IntRange(min=1), default=64, show_default=True, help="How many requests may wait."),
+    click.option(
+        "--deadline",
+        type=click.FloatRange(min=0, min_open=True),
+        default=300.0,
+        show_default=True,
+        help="Seconds a request may take, waiting and drawing.",
+    ),
+    click.option(
+        "--max-batch",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Images drawn together, of requests that allow it. [default: 4 on a CPU, 1 on a GPU]",
+    ),
 )
 
 _SCHEDULE = (
@@ -139,6 +159,13 @@ def budget_of(speedup: float | None, latency: float | None) -> Budget | None:
             fix="leave out one of the two",
         )
     return Budget(speedup, latency)
+
+
+def service_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Arguments of `hst_trt.server.service.ImageService`."""
+    for option in reversed(_SERVICE):
+        command = option(command)
+    return command
 
 
 def schedule_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,12 +7,13 @@ import signal
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..errors import MissingError, RequestError
 from .console import bars, messages
-from .options import DEVICE, THREADS, find_bundle
+from .options import find_bundle, service_options
 
 __all__ = ["serve"]
 
@@ -33,32 +34,20 @@ _SHORTEST_KEY = 16
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Pipelines, each with its own weights."
 )
-@click.option("--queue", type=click.IntRange(min=1), default=64, show_default=True, help="How many requests may wait.")
-@click.option(
-    "--deadline", type=click.FloatRange(min=0, min_open=True), default=300.0, show_default=True,
-    help="Seconds a request may take, waiting and drawing.",
-)  # fmt: skip
-@click.option(
-    "--max-batch", type=click.IntRange(min=0), default=0,
-    help="Images drawn together, of requests that allow it. [default: 4 on a CPU, 1 on a GPU]",
-)  # fmt: skip
 @click.option(
     "--max-steps", type=click.IntRange(min=1), default=100, show_default=True, help="Steps that a request may ask for."
 )
-@DEVICE
-@THREADS
+@service_options
 def serve(
     bundle: str | None,
     host: str,
     port: int,
     api_key_file: Path | None,
     workers: int,
-    queue: int,
-    deadline: float,
-    max_batch: int,
     max_steps: int,
     device: int,
-    threads: int,
+    deadline: float,
+    **settings: Any,
 ) -> None:
     """Serve pictures over HTTP: OpenAI's image interface, metrics, and a page to look at.
 
@@ -91,10 +80,8 @@ def serve(
             find_bundle(bundle, device),
             workers=workers,
             device=device,
-            threads=threads,
-            queue=queue,
             deadline=deadline,
-            max_batch=max_batch,
+            **settings,
             limits=Limits(steps=max_steps),
             on_hash=lambda done, total: progress.update(checking, completed=done >> 20, total=total >> 20),
         )
