@@ -26,6 +26,7 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "run": ("run", "Draw images."),
     "bench": ("bench", "Time calls and whole runs of a bundle."),
     "serve": ("serve", "Serve pictures over HTTP, with a page to look at."),
+    "export-triton": ("export_triton", "Write a model repository for Triton Inference Server."),
     "compare": ("compare", "Draw the same prompts by many schedules: what each costs, how far it is."),
 }
 
@@ -38,7 +39,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"{__package__}.{_COMMANDS[cmd_name][0]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 
