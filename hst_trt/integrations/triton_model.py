@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class TritonPythonModel:
     def _answer(self, request: Any, drawn: Drawn) -> Any:
         """Only the outputs that were asked for are made."""
         stats = drawn.stats.to_dict() | {"schedule": drawn.drawing.options, "batch": drawn.batch}
-        make = {
+        make: dict[str, Callable[[], np.ndarray]] = {
             "image": lambda: np.stack([np.asarray(image) for image in drawn.images])[None],
             "png": lambda: np.array([[_png(image) for image in drawn.images]], np.object_),
             "seed": lambda: np.array([[drawn.drawing.seed]], np.uint64),
@@ -93,6 +93,8 @@ class TritonPythonModel:
         return self._utils.InferenceResponse([self._utils.Tensor(name, make[name]()) for name in names])
 
     def _refusal(self, exc: Exception) -> Any:
+        if isinstance(exc, FieldError) and exc.field and exc.field not in exc.problem:  # Triton's errors are a text alone
+            return self._error(f"{exc.field}: {exc}", "INVALID_ARG")
         if isinstance(exc, RequestError):
             return self._error(str(exc), "INVALID_ARG")
         if isinstance(exc, ResourceError):
