@@ -111,7 +111,7 @@ def test_bundles_that_cannot_stand_beside_each_other_are_refused(
     next(bundle_copy.glob("tokenizers/*")).write_bytes(b"damaged")
     with pytest.raises(IntegrityError):
         export_repository([bundle_copy], repository)
-    for serving in (dict(instances=0), dict(max_batch=0), dict(queue=0), dict(timeout=float("nan")), dict(threads=-1)):
+    for serving in (dict(instances=0), dict(max_batch=0), dict(queue=-1), dict(timeout=float("nan")), dict(threads=-1)):
         with pytest.raises(RequestError):
             Serving(**serving)
     with pytest.raises(RequestError, match="more than these bundles draw"):
@@ -156,6 +156,9 @@ def test_the_configuration_says_how_the_model_is_served(tiny_bundle: Path, tmp_p
     assert config["dynamic_batching"]["default_queue_policy"] == {
         "default_timeout_microseconds": 1500000, "allow_timeout_override": True, "max_queue_size": 5
     }  # fmt: skip
+    unlimited = parsed(config_of("m", {"default": "b"}, Serving(max_batch=1, queue=0, timeout=0)))
+    assert unlimited.HasField("dynamic_batching")
+    assert not unlimited.dynamic_batching.HasField("default_queue_policy")
     assert [entry["name"] for entry in config["input"] if not entry.get("optional")] == ["prompt"]
     types = {entry["name"]: entry["data_type"].removeprefix("TYPE_") for entry in config["input"]}
     assert types == {name: DATATYPES.get(name, "STRING") for name in types}
@@ -472,6 +475,21 @@ def test_triton_answers_a_bad_request_with_400_and_the_librarys_words(server: Tr
     status, answer = server.ask(seed=3)
     assert status == 400
     assert "prompt" in answer["error"]
+
+
+@real
+@pytest.mark.slow
+def test_the_client_of_the_documentation_draws(
+    server: Triton, one_thread: HybridStitchPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "triton.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{server.http}"), names)
+    expected = pictures(one_thread, prompt="a red apple on a blue background", seed=7)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "apple.png")), expected[0])
+    assert names["stats"]["batch"] == 1
 
 
 @real

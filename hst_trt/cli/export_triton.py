@@ -20,7 +20,9 @@ __all__ = ["export_triton"]
 @click.option("--instances", type=int, default=1, show_default=True, help="Pipelines side by side; of each GPU, for engines.")
 @THREADS
 @click.option("--max-batch", type=int, help="Requests drawn together. [default: 4 for the CPU, 1 for engines]")
-@click.option("--queue", type=int, default=64, show_default=True, help="Requests that may wait; more are refused.")
+@click.option(
+    "--queue", type=int, default=64, show_default=True, help="Requests that may wait; more are refused. 0 for any number."
+)
 @click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds that a request may wait; 0 for any time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def export_triton(

@@ -61,7 +61,7 @@ class Serving:
         threads: of a call on the CPU; 0 takes one per physical core, which several instances would share.
         max_batch: requests that Triton hands over together, and images that are drawn together; if left out 4 for the CPU
             and 1 for engines, most of which are tuned for one image.
-        queue: requests that may wait; more are refused.
+        queue: requests that may wait; more are refused. 0 for any number.
         timeout: seconds that a request may wait, unless it says less itself; 0 for any time.
 
     Raises:
@@ -75,7 +75,7 @@ class Serving:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        for name, least in (("instances", 1), ("threads", 0), ("max_batch", 1), ("queue", 1)):
+        for name, least in (("instances", 1), ("threads", 0), ("max_batch", 1), ("queue", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise RequestError(f"{name.replace('_', ' ')} {value} is too few", fix=f"use {least} or more")
         if not (math.isfinite(self.timeout) and 0 <= self.timeout <= 86400):
@@ -216,6 +216,15 @@ def config_of(model: str, bundles: Mapping[str, str], serving: Serving) -> str:
     if "default" in bundles:
         parameters[DEFAULT_BUNDLE] = bundles["default"]
     kind = "KIND_CPU" if not engines else "KIND_AUTO" if "default" in bundles else "KIND_GPU"
+    # Any limit of its queue keeps Triton from handing over the next batch while one is drawn, so none is set in vain.
+    policy = None
+    if serving.queue or serving.timeout:
+        policy = {
+            "timeout_action": _Word("REJECT"),
+            "default_timeout_microseconds": round(serving.timeout * 1e6),
+            "allow_timeout_override": True,
+            "max_queue_size": serving.queue,
+        }
     _, file = _WARM_UP
     message = {
         "name": model,
@@ -226,14 +235,7 @@ def config_of(model: str, bundles: Mapping[str, str], serving: Serving) -> str:
             for name, dtype, size in _INPUTS
         ],
         "output": [{"name": name, "data_type": _Word(dtype), "dims": dims} for name, dtype, dims in _OUTPUTS],
-        "dynamic_batching": {
-            "default_queue_policy": {
-                "timeout_action": _Word("REJECT"),
-                "default_timeout_microseconds": round(serving.timeout * 1e6),
-                "allow_timeout_override": True,
-                "max_queue_size": serving.queue,
-            }
-        },
+        "dynamic_batching": {} if policy is None else {"default_queue_policy": policy},
         "instance_group": [{"kind": _Word(kind), "count": serving.instances}],
         "cc_model_filenames": [{"key": key, "value": name} for key, name in engines.items()],
         "parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()],
