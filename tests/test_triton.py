@@ -24,9 +24,10 @@ from triton_proto import as_dict, parsed
 from triton_server import DATATYPES, Triton, environment, triton
 
 from hst_trt import HybridStitchPipeline
+from hst_trt.builder.detect import Gpu
 from hst_trt.bundle import Bundle
 from hst_trt.bundle.staging import locked
-from hst_trt.errors import IncompatibleError, IntegrityError, NumericsError, RequestError, ResourceError
+from hst_trt.errors import IncompatibleError, IntegrityError, MissingError, NumericsError, RequestError, ResourceError
 from hst_trt.integrations import triton_model
 from hst_trt.integrations.triton import Serving, config_of, export_repository
 
@@ -241,18 +242,26 @@ def model(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The model of an exported repository, initialised as Triton does it."""
     made = export_repository([tiny_bundle], tmp_path_factory.mktemp("triton") / "repo")
     with pytest.MonkeyPatch.context() as patched:
-        utils = ModuleType("triton_python_backend_utils")
-        vars(utils).update(Tensor=FakeTensor, InferenceResponse=FakeResponse, TritonError=FakeError)
-        patched.setitem(sys.modules, utils.__name__, utils)
-        model = _module(made.path / "tiny" / "1" / "model.py").TritonPythonModel()
-        config = as_dict(parsed((made.path / "tiny" / "config.pbtxt").read_text()))
-        model.initialize(
-            {
-                "model_config": json.dumps(config), "model_instance_kind": "CPU", "model_instance_device_id": "0",
-                "model_repository": str(made.path / "tiny"), "model_version": "1", "model_name": "tiny",
-            }
-        )  # fmt: skip
-        yield model
+        yield initialised(made.path / "tiny", patched)
+
+
+def initialised(
+    folder: Path, patched: pytest.MonkeyPatch, kind: str = "CPU", device: int = 0, gpus: tuple[int, ...] = ()
+) -> Any:
+    utils = ModuleType("triton_python_backend_utils")
+    vars(utils).update(Tensor=FakeTensor, InferenceResponse=FakeResponse, TritonError=FakeError)
+    patched.setitem(sys.modules, utils.__name__, utils)
+    module = _module(folder / "1" / "model.py")
+    patched.setattr(module, "detect_gpus", lambda: [Gpu("a GPU", sm, 80_000, "570", "GPU-0") for sm in gpus])
+    model = module.TritonPythonModel()
+    config = as_dict(parsed((folder / "config.pbtxt").read_text()))
+    model.initialize(
+        {
+            "model_config": json.dumps(config), "model_instance_kind": kind, "model_instance_device_id": str(device),
+            "model_repository": str(folder), "model_version": "1", "model_name": folder.name,
+        }
+    )  # fmt: skip
+    return model
 
 
 def _module(file: Path) -> ModuleType:
@@ -262,6 +271,19 @@ def _module(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_an_instance_opens_the_bundle_of_its_own_gpu(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundles say that they are for GPUs, but are the CPU's, so that they open here."""
+    bundles = [relabelled(tiny_bundle, tmp_path / f"sm{sm}.hstb", sms=[sm]) for sm in (80, 90)]
+    folder = export_repository([tiny_bundle, *bundles], tmp_path / "repo").path / "tiny"
+    for kind, device, name in (("GPU", 0, "sm90"), ("GPU", 1, "sm80"), ("GPU", 2, "tiny-cpu"), ("CPU", 0, "tiny-cpu")):
+        model = initialised(folder, monkeypatch, kind, device, gpus=(90, 80, 75))
+        assert model._pipeline.bundle.path == folder / "1" / f"{name}.hstb"
+    with pytest.raises(MissingError, match="does not list GPU 3"):
+        initialised(folder, monkeypatch, "GPU", 3, gpus=(90, 80, 75))
 
 
 def pictures(pipeline: HybridStitchPipeline, **arguments: Any) -> np.ndarray:

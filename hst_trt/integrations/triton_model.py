@@ -19,7 +19,7 @@ from PIL import Image
 
 from hst_trt import HybridStitchPipeline
 from hst_trt.builder.detect import detect_gpus
-from hst_trt.errors import HstError, IncompatibleError, RequestError, ResourceError
+from hst_trt.errors import HstError, IncompatibleError, MissingError, RequestError, ResourceError
 from hst_trt.integrations.triton import DEFAULT_BUNDLE, THREADS
 from hst_trt.server.drawing import Drawer, Drawing, Drawn, draw, keep_prompts_out_of_logs
 from hst_trt.server.request import FieldError, Limits, read_request
@@ -44,7 +44,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         threads = int(config["parameters"][THREADS]["string_value"])
         keep_prompts_out_of_logs()
-        bundle = folder / bundle_for(config, None if device is None else detect_gpus()[device].sm)
+        bundle = folder / bundle_for(config, None if device is None else capability_of(device))
         self._pipeline = HybridStitchPipeline.from_bundle(bundle, device=device or 0, threads=threads)
         self._drawer = Drawer(self._pipeline.bundle, self._pipeline.backend.machine, Limits())
         self._max_images = max(1, config["max_batch_size"])
@@ -109,6 +109,22 @@ class TritonPythonModel:
 
 class _Cancelled(Exception):
     """Nobody waits for the batch any more."""
+
+
+def capability_of(device: int) -> int:
+    """90 for 9.0.
+
+    Raises:
+        MissingError: the driver's tool is not here, or does not list the GPU.
+    """
+    gpus = detect_gpus()
+    if device >= len(gpus):
+        raise MissingError(
+            f"nvidia-smi does not list GPU {device}, whose compute capability decides the bundle",
+            found=f"{len(gpus)} GPUs",
+            fix="make nvidia-smi available where Triton runs",
+        )
+    return gpus[device].sm
 
 
 def bundle_for(config: Mapping[str, Any], sm: int | None) -> str:
