@@ -7,7 +7,7 @@ CMAKE := $(firstword $(wildcard $(BIN)/cmake) cmake)
 DYNAMO := ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
 PROMPT ?= a red apple on a blue background
 
-.PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others ray clean
+.PHONY: help setup demo host test test-all lint format demo-pair demo-eval demo-graphs demo-calibration results pictures bench beside-others ray triton clean
 
 help:  ## Say what there is to make.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -97,6 +97,17 @@ $(RAY)/.ready: pyproject.toml constraints.txt
 
 ray: setup $(RAY)/.ready  ## Test the example for Ray Serve with two replicas; Ray gets its own environment, 0.7 GB.
 	$(BIN)/python -m pytest -q tests/test_ray_serve.py
+
+TRITON := build/out/triton
+
+$(TRITON)/.ready: tests/triton.txt
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/triton.txt
+	$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+triton: setup $(TRITON)/.ready  ## Load an exported repository in a real Triton (which gets its own environment) and ask it, two minutes.
+	$(BIN)/python -m pytest -q tests/test_triton.py
 
 clean:  ## Remove bundles and work files; pictures and the environment stay.
 	rm -rf build/out dist engines/*.hstb engines/.*.hstb.*

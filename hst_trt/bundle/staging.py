@@ -24,7 +24,17 @@ from ..errors import IncompatibleError, IntegrityError, RequestError, ResourceEr
 from .manifest import SCHEMA_VERSION, CalibrationEntry, CostsEntry, FileEntry, Manifest, TargetEntry
 from .reading import MANIFEST, Bundle, hash_file, verify_files
 
-__all__ = ["Staging", "fingerprint", "link_or_copy", "recover", "save_calibration", "save_costs"]
+__all__ = [
+    "Staging",
+    "fingerprint",
+    "link_or_copy",
+    "locked",
+    "put_back",
+    "put_in_place",
+    "recover",
+    "save_calibration",
+    "save_costs",
+]
 
 _LINK_FROM = 256 * 2**20
 _FOR_A_BUILD = ("give another folder with --output", "wait for it, or build under another --output")
@@ -69,8 +79,8 @@ class Staging:
             ResourceError: another build of this bundle is running, or the disk is full.
         """
         staging = cls(final)
-        with translated_disk_errors(final.parent), _locked(final, *_FOR_A_BUILD):
-            _recover(final)
+        with translated_disk_errors(final.parent), locked(final, *_FOR_A_BUILD):
+            put_back(final)
             staging.path.mkdir(exist_ok=True)
             staging._load()
             yield staging
@@ -137,15 +147,8 @@ class Staging:
             elif path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
         _write_manifest(self.path / MANIFEST, manifest)
-        for path in [*self.path.rglob("*"), self.path]:
-            _sync(path)
-        old = self.final.parent / f".{self.final.name}.old"
-        if self.final.exists():
-            self.final.rename(old)
-        self.path.rename(self.final)
+        put_in_place(self.path, self.final)
         (self.final / self._journal.name).unlink(missing_ok=True)
-        _sync(self.final.parent)
-        shutil.rmtree(old, ignore_errors=True)
         return Bundle(self.final, manifest)
 
 
@@ -178,8 +181,8 @@ def _amend(bundle: Bundle, change: Callable[[Manifest], dict[str, Any]]) -> Bund
         IncompatibleError: the bundle was built anew since it was opened: what was measured is another build's.
     """
     final, (unwritable, _) = bundle.path, _FOR_A_MEASUREMENT
-    with translated_disk_errors(final, "measure again"), _locked(final, *_FOR_A_MEASUREMENT):
-        _recover(final)
+    with translated_disk_errors(final, "measure again"), locked(final, *_FOR_A_MEASUREMENT):
+        put_back(final)
         there = Bundle.open(final, check_hashes=False).manifest
         if there.fingerprint != bundle.manifest.fingerprint:
             raise IncompatibleError(
@@ -202,7 +205,15 @@ def _amend(bundle: Bundle, change: Callable[[Manifest], dict[str, Any]]) -> Bund
 
 
 @contextmanager
-def _locked(final: Path, unwritable: str, busy: str) -> Iterator[None]:
+def locked(final: Path, unwritable: str, busy: str) -> Iterator[None]:
+    """Holds the lock of a folder that is to be written.
+
+    Args:
+        unwritable, busy: what to do where the folder around it cannot be written, and where another process holds the lock.
+
+    Raises:
+        RequestError: the folder around it cannot be written; ResourceError: another process writes it.
+    """
     with _refused(final.parent, unwritable):
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = (final.parent / f".{final.name}.lock").open("w")
@@ -229,25 +240,44 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
     path.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
+def put_in_place(staged: Path, final: Path) -> None:
+    """Syncs a finished folder to disk and puts it at `final` by a rename; what was there is removed then.
+
+    Hold the lock (`locked`). After a crash between the two renames `put_back` brings back what was there.
+    """
+    for path in [*staged.rglob("*"), staged]:
+        _sync(path)
+    old = _old(final)
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def recover(final: Path) -> None:
     """Puts a bundle back that a crash in the middle of a commit left beside its place; call it before looking for one.
 
     Raises:
         ResourceError: a build of this bundle is running.
     """
-    if (final.parent / f".{final.name}.old").exists():
+    if _old(final).exists():
         with Staging.open(final):
             pass
 
 
-def _recover(final: Path) -> None:
-    """After a crash between the two renames of `commit`, the old bundle is still beside its place."""
-    old = final.parent / f".{final.name}.old"
+def put_back(final: Path) -> None:
+    """After a crash between the two renames of `put_in_place`, what was there is still beside its place."""
+    old = _old(final)
     if old.exists():
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(final)
+
+
+def _old(final: Path) -> Path:
+    return final.parent / f".{final.name}.old"
 
 
 def _sync(path: Path) -> None:

@@ -26,6 +26,7 @@ _COMMANDS = {  # name -> (module, what it does); modules are imported only when 
     "run": ("run", "Draw images."),
     "bench": ("bench", "Time calls and whole runs of a bundle."),
     "serve": ("serve", "Serve pictures over HTTP, with a page to look at."),
+    "export-triton": ("export_triton", "Write a model repository for Triton Inference Server."),
     "compare": ("compare", "Draw the same prompts by many schedules: what each costs, how far it is."),
     "dynamo-worker": ("dynamo_worker", "Draw what NVIDIA Dynamo hands out: one worker of many."),
 }

@@ -1,1 +1,1 @@
-"""Other systems' servers around `hst_trt.server`: each module is a thin one, and imports its system inside functions."""
+"""Ways into other serving systems; each file knows one of them, and nothing else of the package knows any."""
