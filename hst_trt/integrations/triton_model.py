@@ -7,7 +7,6 @@ is why it is imported when an instance starts.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hst_trt import HybridStitchPipeline
 from hst_trt.builder.detect import detect_gpus
 from hst_trt.errors import HstError, IncompatibleError, MissingError, RequestError, ResourceError
 from hst_trt.integrations.triton import DEFAULT_BUNDLE, THREADS
+from hst_trt.server.answers import encode
 from hst_trt.server.drawing import Drawer, Drawing, Drawn, draw, keep_prompts_out_of_logs
 from hst_trt.server.request import FieldError, Limits, read_request
 
@@ -85,7 +84,7 @@ class TritonPythonModel:
         stats = drawn.stats.to_dict() | {"schedule": drawn.drawing.options, "batch": drawn.batch}
         make: dict[str, Callable[[], np.ndarray]] = {
             "image": lambda: np.stack([np.asarray(image) for image in drawn.images])[None],
-            "png": lambda: np.array([[_png(image) for image in drawn.images]], np.object_),
+            "png": lambda: np.array([[encode(image, "png") for image in drawn.images]], np.object_),
             "seed": lambda: np.array([[drawn.drawing.seed]], np.uint64),
             "stats": lambda: np.array([[json.dumps(stats)]], np.object_),
         }
@@ -182,9 +181,3 @@ def batches(drawings: Mapping[int, Drawing], max_images: int) -> Iterator[list[i
                 batch = []
             batch.append(i)
         yield batch
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
