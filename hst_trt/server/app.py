@@ -165,9 +165,19 @@ async def _json(request: Request) -> object:
     if kind != "application/json":  # browsers send others to any server without asking it first
         raise ServerError(415, "a request is JSON", found=kind or "no content-type", fix="send content-type: application/json")
     try:
-        return json.loads(await request.body())
+        return json.loads(await request.body(), object_pairs_hook=_once)
+    except FieldError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as exc:
         raise FieldError("the body is not JSON", field=None, found=type(exc).__name__) from exc
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, refused if a name is in it twice: who checked the request before may have read the other value."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise FieldError("a field is there twice in one object", field=None, fix="give each once")
+    return fields
 
 
 async def _unless_gone(request: Request, ticket: Ticket) -> Drawn | None:
