@@ -83,7 +83,7 @@ def test_work_stops_when_the_client_leaves(server: Server, stream: bool) -> None
 
 
 def test_a_request_in_the_queue_is_dropped_when_its_client_leaves(server: Server) -> None:
-    with asking(server, LONG):
+    with asking(server, LONG | {"num_inference_steps": 40}):
         with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.3, trust_env=False) as client:
             client.post(IMAGES, json={"prompt": "a cat"})
         server.wait_for_metric("hst_trt_requests_waiting", 0)
@@ -148,6 +148,14 @@ def test_after_an_error_nobody_foresaw_the_pipeline_is_loaded_anew(server: Serve
     after = server.ask(prompt="a cat", seed=3).json()
     assert np.array_equal(pixels_of(before["data"][0]), pixels_of(after["data"][0]))
     assert server.metric("hst_trt_engine_load_seconds_count") == loaded + 1
+
+
+def test_a_request_that_breaks_the_pipeline_spoils_no_other_of_its_batch(server: Server) -> None:
+    batch = [{"prompt": "a cat", "seed": 3}, {"prompt": "a broken cat"}, {"prompt": "a cat", "seed": 4, "stream": True}]
+    with asking(server, SHORTER, *batch) as asked:
+        answers = [future.result(SECONDS) for future in asked]
+    assert [answer.status_code for answer in answers] == [200, 200, 500, 200]
+    assert "image_generation.completed" in answers[3].text
 
 
 def test_an_error_in_a_stream_is_its_last_event(server: Server) -> None:
