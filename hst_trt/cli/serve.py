@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
+import math
 import signal
 import socket
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -55,17 +56,11 @@ def serve(
     hst-trt serve
     hst-trt serve engines/sd35-h100.hstb --host 0.0.0.0 --api-key-file keys.txt
     """
-    local = _is_loopback(host)
-    keys = [] if api_key_file is None else _read_keys(api_key_file)
-    if not local and not keys:
-        raise RequestError(
-            f"{host} can be reached from other machines, and no key would be asked for",
-            fix="give --api-key-file, or leave out --host to serve this machine only",
-        )
     try:
         import uvicorn
 
         from ..server.app import make_app
+        from ..server.guard import is_loopback
         from ..server.request import Limits
         from ..server.service import ImageService
     except ImportError as exc:
@@ -73,6 +68,13 @@ def serve(
             "serving needs packages that are not here", found=str(exc), fix='pip install "hst_trt[serve]"'
         ) from exc
 
+    local = is_loopback(host)
+    keys = [] if api_key_file is None else _read_keys(api_key_file)
+    if not local and not keys:
+        raise RequestError(
+            f"{host} can be reached from other machines, and no key would be asked for",
+            fix="give --api-key-file, or leave out --host to serve this machine only",
+        )
     listening = _listen(host, port)
     with bars() as progress:
         checking = progress.add_task("checking", total=None, note="MiB")
@@ -86,7 +88,22 @@ def serve(
             on_hash=lambda done, total: progress.update(checking, completed=done >> 20, total=total >> 20),
         )
     app = make_app(service, keys=keys, local=local and not keys)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, server_header=False, access_log=False))
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.force_exit = self.should_exit  # a second signal of any kind ends at once
+            super().handle_exit(sig, frame)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            server_header=False,
+            access_log=False,
+            ws="none",
+            timeout_graceful_shutdown=math.ceil(deadline) + 5,  # every request has ended then: who still reads does not read
+        )
+    )
 
     def watch() -> None:
         if service.wait_for("ready", "failed", "draining") == "ready":
@@ -104,26 +121,25 @@ def serve(
         service.close(drain=not server.force_exit)
     if service.failure is not None:
         raise service.failure
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    if server.force_exit:
+        raise KeyboardInterrupt  # requests were given up: not the good end that draining is
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """Before anything is loaded: a port that is taken shows at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as exc:
         raise RequestError(
             f"cannot listen on {host}, port {port}",
             found=exc.strerror or str(exc),
             fix="give another --port, or --port 0 for a free one",
         ) from exc
+    # taken over by every connection; asyncio sets it on sockets of its own making only, and without it an answer's second
+    # packet waits 40 ms for the first to be acknowledged
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _read_keys(file: Path) -> list[str]:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -25,6 +25,7 @@ from .drawing import Drawn
 from .guard import Guard
 from .pictures import PictureStore
 from .request import FieldError, ImageRequest
+from .schema import PICTURE, REQUEST, RESPONSES
 from .service import ImageService, Ticket
 
 __all__ = ["make_app"]
@@ -58,7 +59,7 @@ def make_app(service: ImageService, *, keys: Sequence[str] = (), local: bool = F
         refusal = ServerError(error.status_code, f"{request.method} is not possible there: {error.detail}")
         return JSONResponse(error_body(refusal), error.status_code, error.headers)
 
-    @app.post("/v1/images/generations", openapi_extra=_REQUEST_BODY, responses=_RESPONSES)
+    @app.post("/v1/images/generations", openapi_extra=REQUEST, responses=RESPONSES)
     async def generate(request: Request) -> Response:
         """Draws pictures."""
         asked, drawing = await asyncio.to_thread(service.check, await _json(request))
@@ -80,7 +81,7 @@ def make_app(service: ImageService, *, keys: Sequence[str] = (), local: bool = F
             return Response(status_code=499)  # nobody reads it
         return JSONResponse(await asyncio.to_thread(answering.whole, drawn, ticket.queued_seconds))
 
-    @app.get("/v1/images/files/{name}", responses={404: {"description": "It is not kept any more, or never was."}})
+    @app.get("/v1/images/files/{name}", response_class=Response, responses=PICTURE)
     async def picture(name: str) -> Response:
         """A picture that was asked for by URL."""
         content = store.get(name)
@@ -88,22 +89,22 @@ def make_app(service: ImageService, *, keys: Sequence[str] = (), local: bool = F
             raise ServerError(404, "there is no such picture", fix="draw it again; pictures are kept for an hour at most")
         return Response(content, media_type=f"image/{name.rpartition('.')[2]}")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={401: RESPONSES[401]})
     async def models() -> dict[str, Any]:
         """The one model that this server draws with."""
         return {"object": "list", "data": [entry]}
 
-    @app.get("/health/live")
+    @app.get("/health/live", responses={503: {"description": "It cannot."}})
     async def live() -> JSONResponse:
         """Whether this process can still be expected to draw; if not, it is to be started anew."""
         return JSONResponse({"status": service.state}, 503 if service.state == "failed" else 200)
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", responses={503: {"description": "Not now."}})
     async def ready() -> JSONResponse:
         """Whether requests should be sent here now."""
         return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -165,9 +166,19 @@ async def _json(request: Request) -> object:
     if kind != "application/json":  # browsers send others to any server without asking it first
         raise ServerError(415, "a request is JSON", found=kind or "no content-type", fix="send content-type: application/json")
     try:
-        return json.loads(await request.body())
+        return json.loads(await request.body(), object_pairs_hook=_once)
+    except FieldError:  # a ValueError too
+        raise
     except (ValueError, RecursionError) as exc:
         raise FieldError("the body is not JSON", field=None, found=type(exc).__name__) from exc
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, refused if a name is in it twice: who checked the request before may have read the other value."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise FieldError("a field is there twice in one object", field=None, fix="give each once")
+    return fields
 
 
 async def _unless_gone(request: Request, ticket: Ticket) -> Drawn | None:
@@ -214,48 +225,3 @@ async def _events(
 
 def _event(name: str, content: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps({'type': name, **content})}\n\n"
-
-
-def _inlined_schema() -> dict[str, Any]:
-    """The request's, without references."""
-    schema = ImageRequest.model_json_schema()
-    schema["properties"]["nvext"]["anyOf"][0] = schema.pop("$defs")["Extensions"]
-    return schema
-
-
-_REQUEST_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined_schema()}}}}
-_ERROR = {
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "required": ["error"],
-            "properties": {
-                "error": {
-                    "type": "object",
-                    "required": ["message", "type", "param", "code"],
-                    "properties": {
-                        "message": {"type": "string"},
-                        "type": {"type": "string"},
-                        "param": {"type": ["string", "null"]},
-                        "code": {"type": ["string", "null"]},
-                    },
-                }
-            },
-        }
-    }
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The pictures; with `stream`, server-sent events.", "content": {"text/event-stream": {}}},
-    **{
-        status: {"description": text, "content": _ERROR}
-        for status, text in {
-            400: "A field is not usable.",
-            401: "A key is needed.",
-            404: "There is no such model.",
-            413: "The body is too large.",
-            415: "The body is not JSON.",
-            503: "The queue is full, or the server shuts down; ask again after the seconds of `Retry-After`.",
-            504: "It took longer than a request may.",
-        }.items()
-    },
-}

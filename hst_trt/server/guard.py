@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import logging
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import ServerError, error_body, status_of
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "is_loopback"]
 
 log = logging.getLogger(__name__)
 
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
@@ -82,12 +84,15 @@ class Guard:
             await JSONResponse(error_body(RuntimeError()), 500)(scope, receive, marked)
 
     def _check(self, path: str, headers: Headers) -> None:
-        if self._local and headers.get("host", "localhost").lower().rsplit(":", 1)[0] not in _LOCAL_HOSTS:
+        named = _HOST.fullmatch(headers.get("host", "localhost"))
+        if self._local and not (named and is_loopback(named[1].strip("[]"))):
             raise ServerError(421, "this server answers to this machine's own name only", fix="ask localhost or 127.0.0.1")
         if self._keys and path.startswith("/v1/") and not path.startswith("/v1/images/files/"):
             kind, _, key = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not self._knows(key.strip()):
                 raise ServerError(401, "a key is needed", fix="send a known one as `Authorization: Bearer KEY`")
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may take it to end where we do not
+            raise ServerError(400, "the body has two lengths", fix="send content-length or transfer-encoding")
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit() or int(length[:20]) > self._body_bytes:
             raise self._too_large()
@@ -99,6 +104,14 @@ class Guard:
 
     def _too_large(self) -> ServerError:
         return ServerError(413, f"the body is larger than {self._body_bytes} bytes", fix="send less")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine, whoever says it."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: str) -> bytes:

@@ -18,6 +18,10 @@ from ..plan import Schedule
 __all__ = ["FieldError", "ImageRequest", "Limits", "read_request"]
 
 
+_MOST = 10_000
+"""Beyond any server's limits, which are checked later and name what was asked for: that has to be short."""
+
+
 class FieldError(RequestError):
     """A field of a request is not usable; `field` is its name."""
 
@@ -53,7 +57,7 @@ class Extensions(_Fields):
     """Fields that OpenAI's interface lacks. All may be left out; the bundle's defaults are taken then."""
 
     negative_prompt: str | None = Field(None, description="What not to draw.")
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    num_inference_steps: int | None = Field(None, ge=1, le=_MOST, description="Denoising steps.")
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
         None, description="Classifier-free guidance; off at 1 and below."
     )
@@ -61,7 +65,7 @@ class Extensions(_Fields):
         None, description="Of the start noise, one for all images of the request; random if left out."
     )
     schedule: Schedule | None = Field(None, description="Which model runs when; hybrid if left out.")
-    stages: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3, max_length=3)] | None = Field(
+    stages: Annotated[list[Annotated[int, Field(ge=0, le=_MOST)]], Field(min_length=3, max_length=3)] | None = Field(
         None, description="Large, hybrid and small steps."
     )
     mask_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
@@ -78,7 +82,7 @@ class ImageRequest(Extensions):
 
     prompt: str = Field(min_length=1, description="What to draw.")
     model: str | None = Field(None, description="The bundle's name, as /v1/models lists it.")
-    n: int | None = Field(None, ge=1, description="Images; 1 if left out.")
+    n: int | None = Field(None, ge=1, le=_MOST, description="Images; 1 if left out.")
     size: str | None = Field(
         None, pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description='Pixels as "WIDTHxHEIGHT", or "auto".'
     )
@@ -132,7 +136,7 @@ def _field_error(exc: ValidationError) -> FieldError:
         )
     if error["type"] == "missing":
         return FieldError(f"{field} is missing", field=field)
-    return FieldError(f"{field} is not usable", field=field, found=_plain(error))
+    return FieldError(f"{field or 'the request'} is not usable", field=field or None, found=_plain(error))
 
 
 def _plain(error: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -44,6 +44,7 @@ class Ticket:
 
     Attributes:
         submitted, started: of `time.monotonic`; `started` is None while it waits.
+        alone: whether it is drawn in a batch of its own, because a batch that it was in has failed.
     """
 
     drawing: Drawing
@@ -52,6 +53,11 @@ class Ticket:
     future: Future[Drawn] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
+    alone: bool = False
+
+    @property
+    def batch_key(self) -> Hashable:
+        return self if self.alone else self.drawing.batch_key
 
     @property
     def queued_seconds(self) -> float:
@@ -236,7 +242,9 @@ class ImageService:
             unexpected = self._draw(pipeline, batch)
             with self._changed:
                 self._running -= set(batch)
+                self._queue.extendleft(ticket for ticket in reversed(batch) if not ticket.future.done())
                 self._show_counts()
+                self._changed.notify_all()
             if unexpected:
                 return True
         return False
@@ -256,7 +264,8 @@ class ImageService:
                     return batch
 
     def _draw(self, pipeline: HybridStitchPipeline, batch: list[Ticket]) -> bool:
-        """Draws a batch and settles its futures. Returns whether something unexpected happened."""
+        """Draws a batch and settles its futures, but for a batch of many that fails. Returns whether something unexpected
+        happened."""
         started = time.monotonic()
         for ticket in batch:
             ticket.started = started
@@ -274,18 +283,18 @@ class ImageService:
             drawn = draw(pipeline, [ticket.drawing for ticket in batch], end_step)
         except _NobodyWaits:
             return False
-        except HstError as exc:
+        except Exception as exc:
+            unexpected = not isinstance(exc, HstError)
+            if unexpected:
+                log.exception("drawing failed; the pipeline is loaded anew")
             if len(batch) > 1:  # whose fault it is shows when each is drawn alone
-                return any([self._draw(pipeline, [ticket]) for ticket in batch if not ticket.future.done()])
+                for ticket in batch:
+                    ticket.alone, ticket.started = True, None
+                return unexpected
             if isinstance(exc, NumericsError):
                 self.metrics.non_finite.inc()
             _refuse(batch[0], exc)
-            return False
-        except Exception as exc:
-            log.exception("drawing failed; the pipeline is loaded anew")
-            for ticket in batch:
-                _refuse(ticket, exc)
-            return True
+            return unexpected
         self.metrics.drawn(drawn)
         self._seconds_per_request += 0.2 * ((time.monotonic() - started) / len(batch) - self._seconds_per_request)
         for ticket, result in zip(batch, drawn, strict=True):
@@ -337,7 +346,7 @@ def _batch(queue: Iterable[Ticket], most: int) -> list[Ticket]:
     batch: list[Ticket] = []
     images = 0
     for ticket in queue:
-        if not batch or (ticket.drawing.batch_key == batch[0].drawing.batch_key and images + ticket.drawing.images <= most):
+        if not batch or (ticket.batch_key == batch[0].batch_key and images + ticket.drawing.images <= most):
             batch.append(ticket)
             images += ticket.drawing.images
     return batch
