@@ -51,11 +51,12 @@ class Server:
 
     def raw(self, content: bytes, *, end: bool = False) -> bytes:
         """What comes back for these bytes until the server closes the connection, or says nothing for two seconds."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection, contextlib.suppress(OSError):
-            connection.sendall(content)
-            if end:
-                connection.shutdown(socket.SHUT_WR)
-            answer = b""
+        answer = b""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=2) as connection:
+            with contextlib.suppress(OSError):  # it may refuse before it has read all
+                connection.sendall(content)
+                if end:
+                    connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):
                 while received := connection.recv(1 << 16):
                     answer += received
