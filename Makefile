@@ -67,6 +67,7 @@ results: setup host beside-others  ## Measure what docs/results.md shows, two ho
 	$(BIN)/python benchmarks/variants.py
 	$(BIN)/python benchmarks/text_cache.py
 	$(BIN)/python benchmarks/host_beside_python.py
+	$(BIN)/python benchmarks/serve_load.py
 	$(BIN)/python benchmarks/page.py
 
 pictures: setup  ## Draw the pictures of the README anew; that of the server's page needs Chromium.
