@@ -22,6 +22,9 @@ import pytest
 pytest.importorskip("fastapi", reason='needs the server: pip install "hst_trt[serve]"')
 from serving import FAULTY, IMAGES, SECONDS, Server, ended, pixels_of, serving
 
+from hst_trt import HybridStitchPipeline
+from hst_trt.server.service import ImageService
+
 STEPS = "hst_trt_step_seconds_count"
 LONG: dict[str, Any] = {"prompt": "a slow cat", "num_inference_steps": 100}  # five seconds and more
 SHORTER = LONG | {"num_inference_steps": 20}
@@ -80,6 +83,34 @@ def test_work_stops_when_the_client_leaves(server: Server, stream: bool) -> None
     assert (
         steps_after_leaving(server, stream) == 1
     )  # of the request that was drawn next: batches that end early are not counted
+
+
+def test_who_gives_up_after_a_step_is_drawn_one_step_more(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    class Counted(HybridStitchPipeline):
+        def __call__(self, *arguments: Any, on_step: Any = None, **settings: Any) -> Any:
+            drawn.clear()  # of the warm-up
+            return super().__call__(
+                *arguments, on_step=lambda t, record: (drawn.append(t), on_step and on_step(t, record)), **settings
+            )
+
+    monkeypatch.setattr("hst_trt.server.service.HybridStitchPipeline", Counted)
+    service = ImageService(tiny_bundle)
+    service.start()
+    try:
+        _, drawing = service.check({"prompt": "a cat", "num_inference_steps": 20})
+        service.wait_for("ready", "failed")
+        leaves: list[Any] = []
+        ticket = service.submit(drawing, lambda t, steps, record: t == 2 and leaves[0].future.cancel())
+        leaves.append(ticket)
+        until = time.monotonic() + SECONDS
+        while not ticket.future.cancelled() or service.metrics.registry.get_sample_value("hst_trt_requests_running"):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert drawn == [0, 1, 2, 3]
+    finally:
+        service.close()
 
 
 def test_a_request_in_the_queue_is_dropped_when_its_client_leaves(server: Server) -> None:
