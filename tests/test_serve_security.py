@@ -16,8 +16,11 @@ import pytest
 pytest.importorskip("fastapi", reason='needs the server: pip install "hst_trt[serve]"')
 from serving import FAULTY, IMAGES, Server, ended, serving
 
+from hst_trt import HybridStitchPipeline
+from hst_trt.server.drawing import Drawer, draw
 from hst_trt.server.guard import Guard
 from hst_trt.server.pictures import PictureStore
+from hst_trt.server.request import Limits, read_request
 
 JSON = {"content-type": "application/json"}
 KEYS = ("first-key-of-the-file-0123456789", "second-key-of-the-file-012345678")
@@ -373,3 +376,16 @@ def test_a_server_that_was_attacked_still_draws(server: Server) -> None:
     assert "Exception in ASGI application" not in server.written()
     with socket.create_connection(("127.0.0.1", server.port), timeout=5):
         assert json.loads(httpx.get(f"{server.url}/health/ready", timeout=5).text) == {"status": "ready"}
+
+
+def test_only_drawings_for_others_keep_prompts_out_of_logs(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, prompt = HybridStitchPipeline.from_bundle(tiny_bundle), "a secret " * 100
+    drawing = Drawer(pipeline.bundle, None, Limits())(read_request({"prompt": prompt, "num_inference_steps": 1}))
+    draw(pipeline, [drawing])
+    assert "secret" not in caplog.text
+    pipeline(prompt, num_inference_steps=1)
+    assert "secret" in caplog.text
+    caplog.clear()
+    with caplog.at_level("DEBUG", "hst_trt.tokenizer"):
+        draw(pipeline, [drawing])
+    assert "secret" in caplog.text

@@ -20,7 +20,7 @@ from hst_trt.builder.detect import detect_gpus
 from hst_trt.errors import HstError, IncompatibleError, MissingError, RequestError, ResourceError
 from hst_trt.integrations.triton import DEFAULT_BUNDLE, THREADS
 from hst_trt.server.answers import encode
-from hst_trt.server.drawing import Drawer, Drawing, Drawn, draw, keep_prompts_out_of_logs
+from hst_trt.server.drawing import Drawer, Drawing, Drawn, draw
 from hst_trt.server.request import FieldError, Limits, read_request
 
 log = logging.getLogger("hst_trt.triton")
@@ -42,7 +42,6 @@ class TritonPythonModel:
         device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         folder = Path(args["model_repository"]) / args["model_version"]
         threads = int(config["parameters"][THREADS]["string_value"])
-        keep_prompts_out_of_logs()
         bundle = folder / bundle_for(config, None if device is None else capability_of(device))
         self._pipeline = HybridStitchPipeline.from_bundle(bundle, device=device or 0, threads=threads)
         self._drawer = Drawer(self._pipeline.bundle, self._pipeline.backend.machine, Limits())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ from ..planner.choose import Budget, choose
 from ..stats import RunStats
 from .request import FieldError, ImageRequest, Limits
 
-__all__ = ["Drawer", "Drawing", "Drawn", "draw", "keep_prompts_out_of_logs"]
+__all__ = ["Drawer", "Drawing", "Drawn", "draw"]
 
 T = TypeVar("T")
 OnStep = Callable[[int, int, StepRecord], None]
@@ -187,17 +189,18 @@ def draw(pipeline: HybridStitchPipeline, drawings: Sequence[Drawing], on_step: O
     first, channels, scale = drawings[0], pipeline.spec.latent_channels, pipeline.spec.vae_scale
     size = (channels, first.height // scale, first.width // scale)
     noise = [start_noise(one.seed, (one.images, *size)) for one in drawings]
-    output = pipeline(
-        [one.prompt for one in drawings for _ in range(one.images)],
-        negative_prompt=[one.negative_prompt for one in drawings for _ in range(one.images)],
-        height=first.height,
-        width=first.width,
-        guidance_scale=first.guidance_scale,
-        latents=np.concatenate(noise),
-        keep_masks=any(one.details for one in drawings),
-        on_step=None if on_step is None else lambda t, record: on_step(t, len(first.plan.steps), record),
-        **first.settings,
-    )
+    with _prompts_kept_out_of_logs():
+        output = pipeline(
+            [one.prompt for one in drawings for _ in range(one.images)],
+            negative_prompt=[one.negative_prompt for one in drawings for _ in range(one.images)],
+            height=first.height,
+            width=first.width,
+            guidance_scale=first.guidance_scale,
+            latents=np.concatenate(noise),
+            keep_masks=any(one.details for one in drawings),
+            on_step=None if on_step is None else lambda t, record: on_step(t, len(first.plan.steps), record),
+            **first.settings,
+        )
     drawn, start = [], 0
     for one in drawings:
         own = slice(start, start + one.images)
@@ -207,11 +210,24 @@ def draw(pipeline: HybridStitchPipeline, drawings: Sequence[Drawing], on_step: O
     return drawn
 
 
-def keep_prompts_out_of_logs() -> None:
-    """Prompts are their writers' business: below DEBUG, what was cut off one is not logged in this process from now on."""
-    tokenizer = logging.getLogger("hst_trt.tokenizer")
-    if not tokenizer.isEnabledFor(logging.DEBUG):
-        tokenizer.setLevel(logging.ERROR)
+@contextmanager
+def _prompts_kept_out_of_logs() -> Iterator[None]:
+    """Prompts are their writers' business: what is cut off one is logged at DEBUG only, while it is drawn for somebody else."""
+    token = _DRAWS_FOR_OTHERS.set(True)
+    try:
+        yield
+    finally:
+        _DRAWS_FOR_OTHERS.reset(token)
+
+
+def _may_be_logged(record: logging.LogRecord) -> bool:
+    return not _DRAWS_FOR_OTHERS.get() or logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+
+
+_DRAWS_FOR_OTHERS = ContextVar("draws_for_others", default=False)
+logging.getLogger("hst_trt.tokenizer").addFilter(
+    _may_be_logged
+)  # whose warnings quote prompts; a pipeline of one's own keeps them
 
 
 def _blaming(field: str, check: Callable[[], T]) -> T:

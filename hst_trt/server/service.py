@@ -24,7 +24,7 @@ from ..backends import machine_here, open_backend, open_bundle
 from ..denoise import StepRecord
 from ..errors import BusyError, DeadlineError, HstError, NumericsError, RequestError
 from ..pipeline import HybridStitchPipeline
-from .drawing import Drawer, Drawing, Drawn, OnStep, draw, keep_prompts_out_of_logs
+from .drawing import Drawer, Drawing, Drawn, OnStep, draw
 from .metrics import Metrics, Outcome
 from .request import ImageRequest, Limits, read_request
 
@@ -127,7 +127,6 @@ class ImageService:
     # -- life ------------------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Starts the threads, which load and warm up. Returns at once; see `wait_for`."""
-        keep_prompts_out_of_logs()
         for thread in self._threads:
             thread.start()
 
