@@ -42,12 +42,14 @@ def build_host(preset: str = "release") -> Path:
     if missing:
         pytest.skip(f"building the C++ host needs {' and '.join(missing)}")
     folder = ROOT / "build" / "out" / ("host" if preset == "release" else f"host-{preset}")
+    # Clang links no sanitizer into shared libraries, so the doubles of TensorRT cannot be built with it
+    targets = ["--target", "hst-trt-fuzz-manifest", "hst-trt-fuzz-tokenizer"] if preset == "fuzz" else []
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".test-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
             [CMAKE, "-S", str(SOURCES), "--preset", preset, "-B", str(folder)],
-            [CMAKE, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
+            [CMAKE, "--build", str(folder), *targets, "--parallel", str(os.cpu_count() or 1)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
