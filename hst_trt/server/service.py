@@ -75,7 +75,7 @@ class ImageService:
         path: the bundle.
         workers: pipelines, each with a thread and its own weights.
         device: which GPU, for bundles of engines.
-        threads: of a call on the CPU; 0 shares the physical cores out among the workers.
+        threads: of a call on the CPU; 0 takes one per physical core, or with several workers shares the CPUs out among them.
         queue: how many requests may wait.
         deadline: seconds a request may take, waiting and drawing.
         max_batch: images that are drawn together; 0 takes 4 on the CPU, where more gain little and all wait for the last, and
@@ -226,9 +226,8 @@ class ImageService:
         start = time.monotonic()
         self._pipelines.pop(number, None)
         pipeline = self._open()
-        pipeline(
-            "a cat", seed=0, num_inference_steps=4
-        )  # a short run of all three stages loads and warms what the defaults use
+        # a short run of all three stages loads and warms what the defaults use
+        pipeline("a cat", seed=0, num_inference_steps=4)
         self.metrics.load.observe(time.monotonic() - start)
         with self._changed:
             self._pipelines[number] = pipeline
