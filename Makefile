@@ -55,9 +55,9 @@ demo-eval: setup  ## Judge the demo pair that ships, three quarters of an hour o
 demo-graphs: setup  ## Export the demo pair's graphs anew into the package, after its weights have changed.
 	$(BIN)/python scripts/ship_demo_graphs.py
 
-demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, 45 minutes on one core; goes on where it was stopped.
+demo-calibration: setup  ## Measure the demo pair's schedules for `plan --speedup`, an hour and a half on one core; goes on where it was stopped.
 	$(BIN)/hst-trt build --gpu cpu --pair demo
-	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 320 --baseline-steps 28 --threads 1
+	$(BIN)/hst-trt calibrate --bundle demo-cpu --prompts-file benchmarks/prompts/calibration.txt --schedules 400 --baseline-steps 28 --threads 1
 	$(BIN)/python scripts/ship_demo_graphs.py engines/demo-cpu.hstb
 
 results: setup host beside-others  ## Measure what docs/results.md shows, two hours on two cores; goes on where it was stopped.

@@ -27,7 +27,7 @@ from hst_trt.compare.rows import Prompt
 from hst_trt.compare.store import read_json, write_json
 from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
-from hst_trt.planner.calibrate import Calibrator
+from hst_trt.planner.calibrate import Calibrator, Panel
 from hst_trt.planner.choose import Budget, calibration_of, choose
 from hst_trt.planner.space import Point
 from hst_trt.recipe import load_recipe, load_target
@@ -72,7 +72,8 @@ def main() -> None:
     pipeline = HybridStitchPipeline.from_bundle(bundle.path, threads=arguments.threads)
     prompts = prompts_of(ROOT / "benchmarks" / "prompts" / "heldout.txt")[: arguments.prompts]
     calibration = calibration_of(bundle, None, None)
-    calibrator = Calibrator(pipeline, [Prompt(i, text) for i, text in enumerate(prompts)], calibration, Features())
+    panel = Panel(pipeline, [Prompt(i, text) for i, text in enumerate(prompts)], calibration, Features())
+    calibrator = Calibrator(pipeline, panel, panel, calibration)
     kept = WORK / f"distances-{bundle.manifest.fingerprint[:12]}-{len(prompts)}.json"
     known: dict[str, list[list[float]]] = read_json(kept, {})
     before = read_json(OUT, {"asked": {}})["asked"]
@@ -80,7 +81,7 @@ def main() -> None:
     def distances(point: Point) -> np.ndarray:
         """What the planner minimises, of the prompts as they are and of every resample."""
         if repr(point) not in known:
-            known[repr(point)] = calibrator.distances(point).tolist()
+            known[repr(point)] = panel.distances(point).tolist()
             write_json(kept, known)
         latents, features = (weighted_means(np.array(values)) for values in known[repr(point)])
         return np.sqrt(latents * features)

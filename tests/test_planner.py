@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import Finished
 
-from hst_trt.bundle import Bundle, CalibratedEntry, CalibrationEntry, save_calibration
+from hst_trt.bundle import Bundle, CalibratedEntry, CalibrationEntry, DistanceEntry, save_calibration
 from hst_trt.compare.features import Features
 from hst_trt.compare.rows import Prompt
 from hst_trt.errors import MissingError, RequestError
 from hst_trt.pipeline import HybridStitchPipeline
-from hst_trt.planner.calibrate import Calibrator, calibrate
-from hst_trt.planner.choose import SLACK, Budget, Distance, choose, frontier
+from hst_trt.planner.calibrate import NEAR, Calibrator, Panel, calibrate
+from hst_trt.planner.choose import SLACK, Budget, Distance, best_known, choose, frontier
 from hst_trt.planner.model import DistanceModel
 from hst_trt.planner.space import CORRECTIONS, LEAST_STEPS, REFRESHES, Point, Space, point_of
 from hst_trt.schedule import FlowMatchEuler, Sampling
@@ -127,7 +127,7 @@ def run_calibration(bundle: Path, count: int, **changes: object) -> tuple[Calibr
     settings = {"height": 64, "width": 64, "baseline_steps": 4, "converged_steps": 6} | changes
     entry = calibrate(
         HybridStitchPipeline.from_bundle(bundle, threads=1), PROMPTS, count,
-        on_measured=lambda done, text: said.append(text), **settings,
+        on_measured=lambda done, of, text: said.append(text), **settings,
     )  # fmt: skip
     return entry, said
 
@@ -162,7 +162,7 @@ def test_a_calibration_is_written_goes_on_and_is_of_latents_and_features(bundle:
 
 
 def test_a_space_that_is_measured_out_ends_the_calibration(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Calibrator, "distances", lambda self, point: np.full((2, 1), 1.0 + len(str(point))))
+    monkeypatch.setattr(Panel, "distances", lambda self, point: np.full((2, 1), 1.0 + len(str(point))))
     entry, said = run_calibration(bundle, 10_000, baseline_steps=LEAST_STEPS)
     space = Space(LEAST_STEPS, tuple(r for r in Bundle.open(bundle).manifest.bucket_ratios if r < 1), 3.0)
     rng = np.random.default_rng(1)
@@ -187,16 +187,73 @@ def test_it_measures_where_the_frontier_is(demo_bundle: Path, monkeypatch: pytes
     """In the world of `true_distance`, 250 measurements come within 10 % of the best of the whole space at every budget."""
     pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
     entry = calibration(()).model_copy(update={"baseline_steps": 20})
-    monkeypatch.setattr(Calibrator, "distances", lambda self, point: np.full((2, 1), true_distance(point)))
-    calibrator = Calibrator(pipeline, PROMPTS, entry, Features())
-    for _ in calibrator.run(250):
-        pass
+    monkeypatch.setattr(Panel, "distances", lambda self, point: np.full((2, 1), true_distance(point)))
+    panels = [Panel(pipeline, part, entry, Features()) for part in (PROMPTS, [])]
+    calibrator = Calibrator(pipeline, *panels, entry)
+    assert len(list(calibrator.run(250))) == 250
     everything = [*points(20_000, seed=5), *calibrator.measured]
     speeds = np.array([calibrator.speedup(point) for point in everything])
     truth = np.array([true_distance(point) for point in everything])
     for budget in (1.3, 1.83, 2.5, 3.5):
         found = min(true_distance(point) for point in calibrator.measured if calibrator.speedup(point) >= budget)
         assert found <= 1.1 * truth[speeds >= budget].min()
+
+
+def test_what_comes_near_being_chosen_is_measured_on_all_prompts(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompts flatter some schedules by up to 20 %, the others do not: none that were flattered is left ahead."""
+    few, many = PROMPTS[:1], PROMPTS[1:] * 13
+
+    def distances(panel: Panel, point: Point) -> np.ndarray:
+        luck = np.random.default_rng(len(repr(point)) + sum(point.stages) * 7).uniform(0.8, 1.2) if panel.cases is few else 2.0
+        return np.full((2, len(panel.cases)), true_distance(point) * luck)
+
+    monkeypatch.setattr(Panel, "distances", distances)
+    entry = calibration(()).model_copy(update={"baseline_steps": 20})
+    pipeline = HybridStitchPipeline.from_bundle(demo_bundle)
+    calibrator = Calibrator(pipeline, *(Panel(pipeline, part, entry, Features()) for part in (few, many)), entry)
+    left = [left for *_, left in calibrator.run(150)]
+    assert left[:150] == list(range(149, -1, -1))
+    assert left[-1] == 0
+    assert 10 < len(calibrator.confirmed) == len(left) - 150 < 100
+    known = best_known(calibrator.measured, calibrator.confirmed)
+    for point, distance in known.items():
+        assert 0.8 < distance.both / (2 * true_distance(point)) < 1.45, "looked at as if it had been lucky"
+        if point not in calibrator.confirmed:
+            faster = [other for other in known if calibrator.speedup(other) >= calibrator.speedup(point)]
+            assert distance.both > NEAR * min(known[other].both for other in faster)
+    lucky = min(calibrator.measured, key=lambda p: calibrator.measured[p].both / true_distance(p))
+    assert calibrator.measured[lucky].both < 0.85 * true_distance(lucky)
+    for point, distance in calibrator.confirmed.items():
+        expected = (calibrator.measured[point].both + 39 * 2 * true_distance(point)) / 40
+        assert distance.latents == distance.features == pytest.approx(expected)
+    for made in calibrator.entries():
+        assert (made.confirmed is not None) == (point_of(made) in calibrator.confirmed)
+
+
+def test_further_prompts_are_of_the_file_after_the_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hst_trt.planner.calibrate.FIRST_PROMPTS", 2)
+    entry, said = run_calibration(bundle, 12)
+    confirmed = [schedule for schedule in entry.schedules if schedule.confirmed]
+    assert (entry.prompts, entry.further_prompts) == (2, 2)
+    assert len(said) == 12 + len(confirmed) > 12
+    assert Bundle.open(bundle).manifest.calibrations == (entry,)
+    again, said = run_calibration(bundle, 12)
+    assert (again, said) == (entry, []), "all of it is kept"
+
+    pipeline = HybridStitchPipeline.from_bundle(bundle, threads=1)
+    size = CalibrationEntry.model_copy(entry)
+    for schedule in (confirmed[0], confirmed[-1]):
+        wanted = Panel(pipeline, PROMPTS, size, Features()).distances(point_of(schedule)).mean(1)
+        assert schedule.confirmed is not None
+        assert (schedule.confirmed.latents, schedule.confirmed.features) == pytest.approx(tuple(wanted), abs=3e-6)
+
+    monkeypatch.setattr(sys.modules[__name__], "PROMPTS", [*PROMPTS[:3], Prompt(3, "a dog")])
+    other, said = run_calibration(bundle, 12)
+    assert len(said) == sum(schedule.confirmed is not None for schedule in other.schedules) > 0, (
+        "only these are of other prompts"
+    )
+    assert [point_of(schedule) for schedule in other.schedules] == [point_of(schedule) for schedule in entry.schedules]
+    assert other.further_hash != entry.further_hash
 
 
 def test_a_calibration_without_a_reference_is_refused(bundle: Path) -> None:
@@ -207,7 +264,8 @@ def test_a_calibration_without_a_reference_is_refused(bundle: Path) -> None:
 # -- choosing ------------------------------------------------------------------------------------------------------------
 def calibration(schedules: tuple[CalibratedEntry, ...]) -> CalibrationEntry:
     return CalibrationEntry(
-        height=256, width=256, guidance_scale=3.0, prompts=4, prompts_hash="0", baseline_steps=20, converged_steps=80,
+        height=256, width=256, guidance_scale=3.0, prompts=4, prompts_hash="0", further_prompts=0, further_hash="0",
+        baseline_steps=20, converged_steps=80,
         date="2026-01-01", schedules=schedules,
     )  # fmt: skip
 
@@ -245,6 +303,21 @@ def test_the_nearest_schedule_within_the_budget_is_chosen(calibrated: Bundle) ->
     assert best.best.point.stages == (2, 4, 5)
     assert best.large_only is not None
     assert best.large_only.distance == Distance(0.3, 0.3)
+
+
+def test_schedules_measured_on_few_prompts_stand_beside_those_on_all(calibrated: Bundle) -> None:
+    """The other prompts make every distance twice as large; so do they, it is taken, for what was not measured on them."""
+    confirmed = {(20, 0, 0): 0.2, (10, 0, 0): 0.6, (9, 0, 0): 0.7}
+    schedules = tuple(
+        s.model_copy(update={"confirmed": DistanceEntry(latents=far, features=far)}) if (far := confirmed.get(s.stages)) else s
+        for s in SCHEDULES
+    )
+    bundle = save_calibration(calibrated, calibration(schedules))
+    choice = choose(bundle, Budget(speedup=2.0), None)
+    assert choice.best.point.stages == (2, 4, 5)
+    assert choice.best.distance.both == pytest.approx(0.5)
+    assert choice.large_only is not None
+    assert choice.large_only.distance == Distance(0.6, 0.6)
 
 
 def test_near_latents_do_not_make_up_for_features_that_are_far(calibrated: Bundle) -> None:

@@ -142,8 +142,15 @@ class CostsEntry(_Entry):
         return self.machine, self.threads, self.images, self.guided, self.height, self.width
 
 
-class CalibratedEntry(_Entry):
-    """A schedule and its two distances to the converged large model, means over prompts."""
+class DistanceEntry(_Entry):
+    """To the converged large model, means over prompts."""
+
+    latents: float = Field(gt=0, allow_inf_nan=False)  # root mean square
+    features: float = Field(gt=0, allow_inf_nan=False)  # of the pictures' features, the root of `hst-trt compare`'s
+
+
+class CalibratedEntry(DistanceEntry):
+    """A schedule and its distances, on the first prompts of a calibration."""
 
     stages: tuple[int, int, int]  # large, hybrid and small steps
     solver: Solver
@@ -152,8 +159,7 @@ class CalibratedEntry(_Entry):
     correction: float = Field(ge=0, le=1)
     refresh: int = Field(ge=0)  # every so manyth hybrid step is a full large call
     ras: bool  # tokens outside the mask keep their last velocity, and the small model draws nothing
-    latents: float = Field(ge=0, allow_inf_nan=False)  # distance of latents, root mean square
-    features: float = Field(ge=0, allow_inf_nan=False)  # of the pictures' features, the root of `hst-trt compare`'s
+    confirmed: DistanceEntry | None = None  # the same on all prompts, where it comes near being chosen
 
 
 class CalibrationEntry(_Entry):
@@ -162,18 +168,19 @@ class CalibrationEntry(_Entry):
     height: int = Field(gt=0)  # pixels
     width: int = Field(gt=0)
     guidance_scale: float = Field(ge=0)
-    prompts: int = Field(gt=0)
+    prompts: int = Field(gt=0)  # that every schedule was measured on
     prompts_hash: str
+    further_prompts: int = Field(ge=0)  # that those near the frontier were measured on too
+    further_hash: str
     baseline_steps: int = Field(gt=0)  # large-only steps that speed-ups are over
     converged_steps: int = Field(gt=0)  # of the large-only run that distances are to
     date: str  # ISO 8601 day, UTC
     schedules: tuple[CalibratedEntry, ...]
 
     def same_as(self, other: CalibrationEntry) -> bool:
-        """Whether the two measured the same thing, so that their schedules can stand side by side."""
-        return all(
-            getattr(self, name) == getattr(other, name) for name in type(self).model_fields.keys() - {"date", "schedules"}
-        )
+        """Whether the two measured the same thing, further prompts aside, so that their schedules can stand side by side."""
+        aside = {"date", "schedules", "further_prompts", "further_hash"}
+        return all(getattr(self, name) == getattr(other, name) for name in type(self).model_fields.keys() - aside)
 
 
 class Manifest(_Entry):

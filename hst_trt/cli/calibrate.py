@@ -40,12 +40,12 @@ def calibrate(
     """Measure how far schedules are from the converged large model, and write it into the bundle.
 
     Once per pair and size, on any machine: distances do not depend on it. `hst-trt plan --speedup` and `hst-trt run --speedup`
-    then choose for the machine they are on. The same command goes on where an earlier one was stopped; more --schedules
-    add to it.
+    then choose for the machine they are on. Every schedule is measured on the first 24 prompts, and those that come near being
+    chosen on all of them. The same command goes on where an earlier one was stopped; more --schedules add to it.
     """
     prompts = prompts_of(prompts_file)
     if len(prompts) < LEAST_PROMPTS:
-        raise RequestError(f"{len(prompts)} prompts say too little of a pair", fix=f"give {LEAST_PROMPTS} or more; 16 are good")
+        raise RequestError(f"{len(prompts)} prompts say too little of a pair", fix=f"give {LEAST_PROMPTS} or more; 72 are good")
     if count < 1:
         raise RequestError(f"--schedules {count} is not positive", fix="300 is the default")
 
@@ -66,7 +66,7 @@ def calibrate(
             width=width,
             baseline_steps=baseline_steps,
             converged_steps=converged_steps,
-            on_measured=lambda done, note: progress.update(task, completed=done, note=note),
+            on_measured=lambda done, of, note: progress.update(task, completed=done, total=of, note=note),
         )
     costs = pipeline.costs(RequestShape(1, entry.guidance_scale > 1, *pipeline.grid(height, width)))
     best = frontier(pipeline.bundle, entry, costs)
@@ -77,9 +77,10 @@ def calibrate(
         return
     from rich.table import Table
 
-    table = Table(
-        "speed-up", "distance", "options", title=f"{len(entry.schedules)} schedules, {entry.prompts} prompts: the best"
-    )
+    confirmed = sum(schedule.confirmed is not None for schedule in entry.schedules)
+    on_all = f", {confirmed} of them {entry.prompts + entry.further_prompts}" if confirmed else ""
+    title = f"{len(entry.schedules)} schedules, {entry.prompts} prompts{on_all}: the best"
+    table = Table("speed-up", "distance", "options", title=title)
     for row in best:
         table.add_row(f"{row.speedup:.2f}x", str(row.distance), row.options)
     tables.print(table)

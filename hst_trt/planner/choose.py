@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..arguments import call_costs, plan_request, token_grid
@@ -15,7 +17,7 @@ from ..plan import is_number
 from ..workspace import RequestShape
 from .space import Point, point_of
 
-__all__ = ["Budget", "Choice", "Distance", "Option", "calibration_of", "choose", "frontier"]
+__all__ = ["Budget", "Choice", "Distance", "Option", "best_known", "calibration_of", "choose", "frontier", "measured_in"]
 
 RUNNERS_UP = 4
 
@@ -158,6 +160,28 @@ def calibration_of(bundle: Bundle, height: int | None, width: int | None) -> Cal
     )
 
 
+def measured_in(calibration: CalibrationEntry) -> tuple[dict[Point, Distance], dict[Point, Distance]]:
+    """Distances by point: on the first prompts, and on all of them where that was measured."""
+    entries = {point_of(entry): entry for entry in calibration.schedules}
+    first = {point: Distance(entry.latents, entry.features) for point, entry in entries.items()}
+    return first, {p: Distance(e.confirmed.latents, e.confirmed.features) for p, e in entries.items() if e.confirmed}
+
+
+def best_known(first: Mapping[Point, Distance], confirmed: Mapping[Point, Distance]) -> dict[Point, Distance]:
+    """Distances on all prompts: as measured, or else that on the first prompts times what came of the others.
+
+    Those that were confirmed looked near on the first prompts, by luck too; so the factor is a little high. That is as it
+    should be for one that was not confirmed and is chosen: it will have been lucky as well.
+    """
+
+    def factor(name: str) -> float:
+        logs = [math.log(getattr(distance, name) / getattr(first[point], name)) for point, distance in confirmed.items()]
+        return math.exp(statistics.fmean(logs)) if logs else 1.0
+
+    latents, features = factor("latents"), factor("features")
+    return {p: confirmed.get(p) or Distance(latents * d.latents, features * d.features) for p, d in first.items()}
+
+
 def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) -> list[Option]:
     size = {"height": calibration.height, "width": calibration.width}
 
@@ -171,10 +195,9 @@ def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) ->
 
     baseline, _ = loop({"schedule": "large", "num_inference_steps": calibration.baseline_steps})
     options = []
-    for entry in calibration.schedules:
-        point = point_of(entry)
+    for point, distance in best_known(*measured_in(calibration)).items():
         cost, seconds = loop(point.settings)
-        options.append(Option(point, Distance(entry.latents, entry.features), baseline / cost, seconds))
+        options.append(Option(point, distance, baseline / cost, seconds))
     return options
 
 

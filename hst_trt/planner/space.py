@@ -79,7 +79,7 @@ class Point:
 
 def point_of(entry: CalibratedEntry) -> Point:
     """The schedule that a bundle's calibration has the distance of."""
-    return Point(**entry.model_dump(exclude={"latents", "features"}))
+    return Point(**entry.model_dump(exclude={"latents", "features", "confirmed"}))
 
 
 @dataclass(frozen=True)
