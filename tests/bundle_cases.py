@@ -33,11 +33,11 @@ COSTS = {
 SCHEDULE = {
     "stages": [2, 1, 1], "solver": "ab2", "shift": None, "ratio": 0.3, "correction": 0, "refresh": 0, "ras": False,
     "latents": 0.5,
-    "features": 0.5,
+    "features": 0.5, "confirmed": {"latents": 0.4, "features": 0.6},
 }  # fmt: skip
 CALIBRATION = {
-    "height": 64, "width": 64, "guidance_scale": 3, "prompts": 4, "prompts_hash": "x", "baseline_steps": 28,
-    "converged_steps": 100, "date": "2026-01-01", "schedules": [SCHEDULE],
+    "height": 64, "width": 64, "guidance_scale": 3, "prompts": 4, "prompts_hash": "x", "further_prompts": 2,
+    "further_hash": "y", "baseline_steps": 28, "converged_steps": 100, "date": "2026-01-01", "schedules": [SCHEDULE],
 }  # fmt: skip
 ENGINE = {
     "path": SCHEDULER, "profiles": [{"axes": {"B": [1, 1, 4]}}], "activation_bytes": 5, "read_back": "network",
@@ -477,7 +477,8 @@ def _fields() -> Iterator[tuple[tuple[Any, ...], bool, tuple[Any, ...]]]:
     yield ("costs", 0, "large_seconds", "8"), False, (*NUMBER, 0, -1)
     yield from of(("calibrations", 0), WHOLE, "height width prompts baseline_steps converged_steps")
     yield from of(("calibrations", 0), (*NUMBER, -1), "guidance_scale")
-    yield from of(("calibrations", 0), TEXT, "prompts_hash date")
+    yield from of(("calibrations", 0), TEXT, "prompts_hash date", "further_hash")
+    yield from of(("calibrations", 0), ANY_WHOLE, "", "further_prompts")
     yield from of(("calibrations", 0), ARRAY, "schedules")
     place = ("calibrations", 0, "schedules", 0)
     yield from of(place, ARRAY, "stages")
@@ -488,8 +489,9 @@ def _fields() -> Iterator[tuple[tuple[Any, ...], bool, tuple[Any, ...]]]:
     yield from of(place, (*NUMBER, -0.1, 1.1), "correction")
     yield from of(place, WHOLE, "refresh")
     yield from of(place, FLAG, "ras")
-    yield from of(place, (*NUMBER, -0.1), "latents")
-    yield from of(place, (*NUMBER, -0.1), "features")
+    yield from of(place, nullable(OBJECT), "", "confirmed")
+    for distances in (place, (*place, "confirmed")):
+        yield from of(distances, (*NUMBER, -0.1, 0), "latents features")
 
 
 FIELDS = {".".join(map(str, place)): (place, required, wrong) for place, required, wrong in _fields()}

@@ -170,8 +170,8 @@ class CalibrationEntry(_Entry):
     guidance_scale: float = Field(ge=0)
     prompts: int = Field(gt=0)  # that every schedule was measured on
     prompts_hash: str
-    further_prompts: int = Field(ge=0)  # that those near the frontier were measured on too
-    further_hash: str
+    further_prompts: int = Field(0, ge=0)  # that those near the frontier were measured on too
+    further_hash: str = ""
     baseline_steps: int = Field(gt=0)  # large-only steps that speed-ups are over
     converged_steps: int = Field(gt=0)  # of the large-only run that distances are to
     date: str  # ISO 8601 day, UTC

@@ -168,9 +168,15 @@ CostsEntry read_costs(const json::Value &value, const std::string &path) {
   return costs;
 }
 
+void check_distances(Fields &fields) {
+  for (const char *key : {"latents", "features"}) fields.number(key, 0, true);
+}
+
 void check_calibration(const json::Value &value, const std::string &path) {
   Fields fields(value, path);
   for (const char *key : {"height", "width", "prompts", "baseline_steps", "converged_steps"}) fields.whole(key, 1);
+  if (fields.has("further_prompts")) fields.whole("further_prompts", 0);
+  if (fields.has("further_hash")) fields.text("further_hash");
   for (const char *key : {"prompts_hash", "date"}) fields.text(key);
   fields.number("guidance_scale", 0);
   for (const json::Value &item : array_of(fields.get("schedules"), fields.path("schedules"))) {
@@ -184,7 +190,12 @@ void check_calibration(const json::Value &value, const std::string &path) {
     if (schedule.number("correction", 0) > 1) fail(schedule.path("correction"), "above 1");
     schedule.whole("refresh", 0);
     if (!schedule.get("ras").boolean()) fail(schedule.path("ras"), "neither true nor false");
-    for (const char *key : {"latents", "features"}) schedule.number(key, 0);
+    check_distances(schedule);
+    if (schedule.has("confirmed") && !schedule.get("confirmed").is_null()) {
+      Fields confirmed(schedule.get("confirmed"), schedule.path("confirmed"));
+      check_distances(confirmed);
+      confirmed.done();
+    }
     schedule.done();
   }
   fields.done();
