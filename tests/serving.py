@@ -62,12 +62,12 @@ class Server:
                     answer += received
         return answer
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric over those of its series that have these labels; 0 if none has yet."""
+    def metric(self, *names: str, **labels: str) -> float:
+        """The sum of metrics, read at once, over those of their series that have these labels; 0 if none has yet."""
         with self.client() as client:
             lines = client.get("/metrics").text.splitlines()
         given = [f'{label}="{value}"' for label, value in labels.items()]
-        series = [line.rpartition(" ") for line in lines if re.split(r"[{ ]", line, maxsplit=1)[0] == name]
+        series = [line.rpartition(" ") for line in lines if re.split(r"[{ ]", line, maxsplit=1)[0] in names]
         return sum(float(value) for label, _, value in series if all(pair in label for pair in given))
 
     def wait_for_metric(self, name: str, value: float) -> None:

@@ -439,7 +439,7 @@ def test_a_pipeline_that_is_freed_in_its_own_callback_ends_its_run(library: Libr
 def test_handles_freed_by_another_thread_meanwhile_are_refused_or_work(library: Library, tiny_bundle: Path) -> None:
     for _ in range(8):
         host = HostPipeline(HostBundle(library, tiny_bundle))
-        started = threading.Event()
+        started, refused = threading.Event(), ""
 
         def free(host: HostPipeline = host, started: threading.Event = started) -> None:
             started.wait()
@@ -448,8 +448,12 @@ def test_handles_freed_by_another_thread_meanwhile_are_refused_or_work(library: 
 
         thread = threading.Thread(target=free, daemon=True)  # which a drawing that fails must not leave waiting
         thread.start()
-        host(["a cat"], num_inference_steps=3, progress=lambda done, steps, started=started: started.set() or 0)
+        try:
+            host(["a cat"], num_inference_steps=3, progress=lambda done, steps, started=started: started.set() or 0)
+        except HostError as error:  # at what is asked of the pipeline after the drawing
+            refused = str(error)
         thread.join()
+        assert not refused or "a handle is not that of an open pipeline" in refused
 
 
 def test_an_error_that_was_freed_is_told_apart(library: Library) -> None:

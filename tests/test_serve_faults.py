@@ -26,6 +26,7 @@ from hst_trt import HybridStitchPipeline
 from hst_trt.server.service import ImageService
 
 STEPS = "hst_trt_step_seconds_count"
+ACCEPTED = "hst_trt_requests_running", "hst_trt_requests_waiting", "hst_trt_requests_total"
 LONG: dict[str, Any] = {"prompt": "a slow cat", "num_inference_steps": 100}  # five seconds and more
 SHORTER = LONG | {"num_inference_steps": 20}
 
@@ -42,10 +43,10 @@ def asking(server: Server, *requests: dict[str, Any]) -> Iterator[list[Future[ht
     with ThreadPoolExecutor(len(requests)) as pool:
         futures = []
         for request in requests:
-            before = server.metric("hst_trt_requests_running") + server.metric("hst_trt_requests_waiting")
+            before = server.metric(*ACCEPTED)
             futures.append(pool.submit(server.ask, **request))
             until = time.monotonic() + SECONDS
-            while server.metric("hst_trt_requests_running") + server.metric("hst_trt_requests_waiting") <= before:
+            while server.metric(*ACCEPTED) <= before:
                 assert time.monotonic() < until
                 time.sleep(0.01)
         yield futures
