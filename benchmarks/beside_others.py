@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import machine
 from beside_worker import EAGER, LARGE, OPTIMUM, PLANNED, SYSTEMS
 from PIL import Image
 
@@ -33,7 +32,6 @@ from hst_trt.cli.options import prompts_of
 from hst_trt.compare.measures import mean_interval, psnr
 from hst_trt.compare.run import Figure
 from hst_trt.errors import HstError
-from hst_trt.machine import cpu_model
 from hst_trt.recipe import load_recipe, load_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,9 +233,10 @@ def main() -> None:
     finally:
         for worker in workers.values():
             worker.close()
-    machine = {"date": datetime.date.today().isoformat(), "cpu": cpu_model(), "cpus": os.cpu_count()}
-    machine |= {"os": platform.platform(), "rounds": arguments.rounds, **job}
-    report = {"machine": machine, "about": {name: worker.about for name, worker in workers.items()}}
+    report = {
+        "machine": machine(arguments.threads) | {"rounds": arguments.rounds, **job},
+        "about": {name: worker.about for name, worker in workers.items()},
+    }
     report["not_measured"] = {
         name: "; ".join(filter(None, str(exc).splitlines())) for name, exc in (failed | failed_later).items()
     }

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import machine
 
 from hst_trt.bench import LinearFit, Sample, bench_calls, straight_line
 from hst_trt.builder.build import build_bundle
 from hst_trt.compare.store import write_json
-from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.plots import lines_figure, save_figure
 from hst_trt.recipe import load_recipe, load_target
@@ -63,7 +62,7 @@ def main() -> None:
         name: straight_line(list(points), [sample.median for sample in points.values()]) for name, points in series.items()
     }
     content = {
-        "machine": {"cpu": cpu().name, "threads": arguments.threads, "date": datetime.date.today().isoformat()},
+        "machine": machine(arguments.threads),
         "rounds": arguments.rounds,
         "series": {
             name: {"fit": dataclasses.asdict(fits[name]), "seconds": {str(count): s.to_dict() for count, s in points.items()}}

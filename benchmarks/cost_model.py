@@ -9,22 +9,18 @@ demo pair too. Writes a JSON file and a Markdown table under benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from about import machine
 from diffusers import SD3Transformer2DModel
 
 from hst_trt.bench import bench_calls, bench_runs
 from hst_trt.builder.build import build_bundle
-from hst_trt.machine import cpu_model
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.recipe import Defaults, Limits, ModelSource, Recipe, load_recipe, load_target
 from hst_trt.workspace import RequestShape
@@ -110,20 +106,13 @@ def main() -> None:
             "untrained pair": measure(untrained_pair(Path(folder) / "pair"), Path(folder), (256, 512), *settings),
             "demo pair": measure(load_recipe("demo"), Path(folder), (256,), *settings),
         }
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
-        "threads": arguments.threads,
-        "os": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in ("hst_trt", "onnxruntime", "numpy")},
-    }
+    about = machine(arguments.threads)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "cpu_cost_model.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    (RESULTS / "cpu_cost_model.json").write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
     head = [
         "# Cost model against measurement, ONNX Runtime on a CPU",
         "",
-        *(f"- {key}: {value}" for key, value in machine.items()),
+        *(f"- {key}: {value}" for key, value in about.items()),
     ]
     head += [
         "",

@@ -11,13 +11,13 @@ draws from the other end of the list.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import machine
 
 from demo.evaluate import classifier, heldout, lessons
 from demo.evaluate.figures import wanted
@@ -28,7 +28,6 @@ from hst_trt.compare.measures import interval, mean_interval, weighted_means
 from hst_trt.compare.report import as_dict
 from hst_trt.compare.rows import NamedSchedule
 from hst_trt.compare.run import Compared, compare
-from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.plan import MaskRule
 from hst_trt.planner.choose import Budget, choose
@@ -180,11 +179,7 @@ def main() -> None:
     baselines = [row.name for family, rows in kinds.items() if family != PLANNER for row in rows] + ["large"]
     alone = [row.name for row in kinds[ALONE]]
     content = {
-        "machine": {
-            "cpu": cpu(arguments.threads).name,
-            "threads": arguments.threads,
-            "date": datetime.date.today().isoformat(),
-        },
+        "machine": machine(arguments.threads),
         "fingerprint": pipeline.bundle.manifest.fingerprint,
         "planned": {f"{speedup:g}": row.name for speedup, row in zip(BUDGETS, kinds[PLANNER], strict=True)},
         "families": {family: list(dict.fromkeys(row.name for row in rows)) for family, rows in kinds.items()},

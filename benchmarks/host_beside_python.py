@@ -9,7 +9,6 @@ that a noisy machine does not decide. Needs `make host`. Writes benchmarks/resul
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -22,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from about import machine
 from PIL import Image
 
 from hst_trt.bench import Sample
 from hst_trt.builder.build import build_bundle
 from hst_trt.compare.measures import mean_interval
 from hst_trt.compare.store import write_json
-from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.recipe import load_recipe, load_target
 
@@ -129,8 +128,7 @@ def main() -> None:
         )
         rows["whole process, one step"] = figures(samples)
         print("whole process", rows["whole process, one step"], flush=True)
-    machine = {"cpu": cpu().name, "threads": arguments.threads, "date": datetime.date.today().isoformat()}
-    write_json(OUT, {"machine": machine, "rows": rows})
+    write_json(OUT, {"machine": machine(arguments.threads), "rows": rows})
 
 
 if __name__ == "__main__":

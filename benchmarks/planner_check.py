@@ -11,12 +11,12 @@ same command goes on where it was stopped.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import machine
 
 from hst_trt.bench import Sample
 from hst_trt.builder.build import build_bundle
@@ -25,7 +25,6 @@ from hst_trt.compare.features import Features
 from hst_trt.compare.measures import interval, weighted_means
 from hst_trt.compare.rows import Prompt
 from hst_trt.compare.store import read_json, write_json
-from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.planner.calibrate import Calibrator, Panel
 from hst_trt.planner.choose import Budget, calibration_of, choose
@@ -109,8 +108,15 @@ def main() -> None:
         elif before.get(f"{speedup:g}", {}).get("options") == choice.best.options:
             asked[f"{speedup:g}"]["measured"] = before[f"{speedup:g}"].get("measured")
         print(speedup, json.dumps(asked[f"{speedup:g}"]), flush=True)
-    machine = {"cpu": cpu().name, "threads": arguments.threads, "date": datetime.date.today().isoformat()}
-    write_json(OUT, {"machine": machine, "prompts": len(prompts), "fingerprint": bundle.manifest.fingerprint, "asked": asked})
+    write_json(
+        OUT,
+        {
+            "machine": machine(arguments.threads),
+            "prompts": len(prompts),
+            "fingerprint": bundle.manifest.fingerprint,
+            "asked": asked,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -28,11 +24,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+from about import machine
 
 from hst_trt.bench import Sample
 from hst_trt.builder.build import build_bundle
 from hst_trt.compare.store import write_json
-from hst_trt.machine import cpu_model
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.recipe import load_recipe, load_target
 
@@ -117,11 +113,11 @@ def in_turn(systems: Mapping[str, System], requests: Sequence[Request], rounds: 
     }
 
 
-def table(machine: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+def table(about: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     lines = [
         "# Serving beside the bare pipeline",
         "",
-        *(f"- {key}: {value}" for key, value in machine.items()),
+        *(f"- {key}: {value}" for key, value in about.items()),
         "",
         "Medians of interleaved rounds with their quartiles; throughput over the pipeline's is formed round by round.",
         "Seconds of a request are from its sending to its answer, so with others waiting they hold the queue too.",
@@ -156,18 +152,12 @@ def main() -> None:
             client = httpx.Client(base_url=url, timeout=SECONDS, trust_env=False)
             systems[name] = over_http(open_things.enter_context(client), pool)
         rows = in_turn(systems, requests, arguments.rounds)
-    machine = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
-        "threads": arguments.threads,
-        "os": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in ("hst_trt", "onnxruntime", "fastapi", "uvicorn")},
+    about = machine(arguments.threads) | {
         "bundle": "demo pair on the CPU, its defaults",
         "requests": f"{arguments.requests} a round, {arguments.concurrency} at a time",
     }
-    write_json(arguments.out, {"machine": machine, "rows": rows})
-    text = table(machine, rows)
+    write_json(arguments.out, {"machine": about, "rows": rows})
+    text = table(about, rows)
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

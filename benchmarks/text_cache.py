@@ -10,12 +10,12 @@ Writes benchmarks/results/text_cache.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from about import machine
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from variants import BUNDLE, SAMPLING, Distances, Lab
@@ -27,7 +27,6 @@ from hst_trt.compare.store import write_json
 from hst_trt.cost import ModelledCosts, _linear_layers, call_flops, call_weights
 from hst_trt.denoise import denoise
 from hst_trt.export.glue import glue_graphs
-from hst_trt.machine import cpu
 from hst_trt.models.glue import REFERENCE
 from hst_trt.models.sd3 import TokenTransformer
 from hst_trt.pipeline import HybridStitchPipeline
@@ -129,8 +128,7 @@ def main() -> None:
                 row[f"{name}_over"] = {"value": round(float(over[0]), 4), "low": round(low, 4), "high": round(high, 4)}
             rows.append(row)
             print(row, flush=True)
-    machine = {"cpu": cpu().name, "date": datetime.date.today().isoformat()}
-    write_json(OUT, {"machine": machine, "prompts": lab.count, "rows": rows})
+    write_json(OUT, {"machine": machine(0), "prompts": lab.count, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ Costs are the cost model's; conditional halves count half. Writes benchmarks/res
 from __future__ import annotations
 
 import argparse
-import datetime
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from about import machine
 from scipy.ndimage import uniform_filter
 
 from hst_trt.arguments import start_latents
@@ -29,7 +29,6 @@ from hst_trt.codec import Decoder, Encoder, patchify
 from hst_trt.compare.features import Features
 from hst_trt.compare.measures import interval, weighted_means
 from hst_trt.compare.store import write_json
-from hst_trt.machine import cpu
 from hst_trt.pipeline import HybridStitchPipeline
 from hst_trt.plan import bucket_for, token_buckets
 from hst_trt.recipe import load_recipe, load_target
@@ -385,7 +384,7 @@ def main() -> None:
     write_json(
         OUT,
         {
-            "machine": {"cpu": cpu().name, "date": datetime.date.today().isoformat()},
+            "machine": machine(arguments.threads),
             "prompts": lab.count,
             "large_alone": {n: round(float(values[0, 0]), 5) for n, values in zip(counts, alone, strict=True)},
             "foretold": foretold(lab, 12),
