@@ -152,7 +152,7 @@ def main() -> None:
             client = httpx.Client(base_url=url, timeout=SECONDS, trust_env=False)
             systems[name] = over_http(open_things.enter_context(client), pool)
         rows = in_turn(systems, requests, arguments.rounds)
-    about = machine(arguments.threads) | {
+    about = machine(arguments.threads, "fastapi", "uvicorn") | {
         "bundle": "demo pair on the CPU, its defaults",
         "requests": f"{arguments.requests} a round, {arguments.concurrency} at a time",
     }
