@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle, CostsEntry
-from .cost import FLOPS_PER_WEIGHT_BYTE, CallCosts, CallSeconds, MeasuredCosts, ModelledCosts
+from .cost import FLOPS_PER_WEIGHT_BYTE, GLUE_FLOPS, CallCosts, CallSeconds, MeasuredCosts, ModelledCosts
 from .errors import RequestError
 from .machine import Machine
 from .noise import start_noise
@@ -119,7 +119,8 @@ def modelled_costs(bundle: Bundle, shape: RequestShape) -> ModelledCosts:
     """What the calls of a request cost by the cost model."""
     spec, target = bundle.spec, bundle.manifest.target
     weight = FLOPS_PER_WEIGHT_BYTE.get(target.backend, 0.0) * (4 if target.precision == "float32" else 2)
-    return ModelledCosts(spec.large, spec.small, shape.tokens, spec.text_length, shape.rows, weight)
+    glue = GLUE_FLOPS.get(target.backend, 0.0)
+    return ModelledCosts(spec.large, spec.small, shape.tokens, spec.text_length, shape.rows, weight, glue)
 
 
 def token_grid(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:

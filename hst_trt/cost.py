@@ -15,6 +15,7 @@ from .spec import TransformerSpec
 
 __all__ = [
     "FLOPS_PER_WEIGHT_BYTE",
+    "GLUE_FLOPS",
     "CallCosts",
     "CallSeconds",
     "MeasuredCosts",
@@ -27,6 +28,10 @@ FLOPS_PER_WEIGHT_BYTE = {"onnxruntime": 12.0}
 """By backend: FLOPs that it would do in the time that reading one byte of weights adds to a call. ONNX Runtime's on a CPU was
 chosen by an earlier run of benchmarks/cost_model.py, on all its pairs; benchmarks/results/cpu_cost_model.md is a later run. On
 a GPU reading overlaps with computing, but for the modulation layers; what remains was never measured, and counts as nothing."""
+
+GLUE_FLOPS = {"onnxruntime": 1.6e8}
+"""By backend: FLOPs that it would do in the time of the glue of a step with a mask (`hst_trt.plan.Step.has_mask`). ONNX Runtime's
+on a CPU is that of the demo pair, where it is 5 % of a full call; beside large models it is next to nothing."""
 
 
 def call_flops(spec: TransformerSpec, computed: int, tokens: int, text: int) -> int:
@@ -58,6 +63,7 @@ class CallCosts(Protocol):
     def source(self) -> str: ...
     def large(self, tokens: int) -> float: ...
     def small(self) -> float: ...
+    def glue(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class ModelledCosts:
     Args:
         rows: transformer rows of a call, which share one reading of the weights; with guidance two an image.
         flops_per_weight: FLOPs that the machine would do in the time it takes to read a weight.
+        glue_flops: FLOPs that it would do in the time of the glue of a step with a mask.
     """
 
     large_spec: TransformerSpec
@@ -75,6 +82,7 @@ class ModelledCosts:
     text_length: int
     rows: int = 2
     flops_per_weight: float = 0.0
+    glue_flops: float = 0.0
 
     @property
     def source(self) -> str:
@@ -85,6 +93,9 @@ class ModelledCosts:
 
     def small(self) -> float:
         return self._work(self.small_spec, self.num_tokens) / self._work(self.large_spec, self.num_tokens)
+
+    def glue(self) -> float:
+        return self.glue_flops / self._work(self.large_spec, self.num_tokens)
 
     def _work(self, spec: TransformerSpec, tokens: int) -> float:
         flops = self.rows * call_flops(spec, tokens, self.num_tokens, self.text_length)
@@ -97,7 +108,7 @@ class CallSeconds:
 
     Attributes:
         full: a full large call.
-        step: a denoising step outside the two transformers: glue and host.
+        step: of a step with a mask, what it takes outside the two transformers: glue and host.
         text: the text encoders.
         vae: the VAE decoder, all images.
     """
@@ -128,3 +139,6 @@ class MeasuredCosts:
 
     def small(self) -> float:
         return self.small_cost
+
+    def glue(self) -> float:
+        return self.seconds.step / self.seconds.full if self.seconds else 0.0

@@ -88,6 +88,10 @@ class Step:
     small: bool = False
     redraw: bool = False
 
+    def has_mask(self, tokens: int, num_tokens: int) -> bool:
+        """Whether it draws a mask or uses one, computing `tokens` of `num_tokens` with the large model; its glue does more then."""
+        return self.redraw or 0 < tokens < num_tokens
+
 
 @dataclass(frozen=True)
 class MaskRule:
@@ -229,20 +233,18 @@ class StitchPlan:
 
     def step_cost(self, step: Step, costs: CallCosts) -> float:
         tokens = self.tokens_of(step)
-        return (costs.large(tokens) if tokens else 0.0) + (costs.small() if step.small else 0.0)
+        calls = (costs.large(tokens) if tokens else 0.0) + (costs.small() if step.small else 0.0)
+        return calls + (costs.glue() if step.has_mask(tokens, self.num_tokens) else 0.0)
 
     def cost(self, costs: CallCosts) -> float:
         """The whole loop in units of one full large call."""
         return sum(self.step_cost(step, costs) for step in self.steps)
 
     def latency(self, costs: MeasuredCosts) -> float:
-        """Seconds from prompt to pixels: text encoders, loop, VAE decoder.
-
-        Every step is counted with the glue of a masked step (`hst_trt.bench.GLUE_STEP`), of which steps of one model need less.
-        """
+        """Seconds from prompt to pixels: text encoders, loop, VAE decoder."""
         seconds = costs.seconds
         assert seconds is not None, "costs without seconds say nothing of time"
-        return seconds.text + self.cost(costs) * seconds.full + len(self.steps) * seconds.step + seconds.vae
+        return seconds.text + self.cost(costs) * seconds.full + seconds.vae
 
 
 def token_buckets(num_tokens: int, ratios: Sequence[float] = BUCKET_RATIOS) -> tuple[int, ...]:

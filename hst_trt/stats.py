@@ -65,8 +65,10 @@ class RunStats:
 
     @property
     def cost(self) -> float:
-        """All calls of both models, in full large calls."""
-        return self.large_compute + self.costs.small() * sum(record.step.small for record in self.records)
+        """All calls of both models and the glue of steps with a mask, in full large calls."""
+        small = sum(record.step.small for record in self.records)
+        masks = sum(record.step.has_mask(record.tokens, self.num_tokens) for record in self.records)
+        return self.large_compute + self.costs.small() * small + self.costs.glue() * masks
 
     @property
     def modelled_speedup(self) -> float:

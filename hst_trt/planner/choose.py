@@ -13,7 +13,7 @@ from ..compare.rows import as_options
 from ..cost import CallCosts, MeasuredCosts
 from ..errors import MissingError, RequestError
 from ..machine import Machine
-from ..plan import is_number
+from ..plan import StitchPlan, is_number
 from ..workspace import RequestShape
 from .space import Point, point_of
 
@@ -22,7 +22,7 @@ __all__ = ["Budget", "Choice", "Distance", "Option", "best_known", "calibration_
 RUNNERS_UP = 4
 
 SLACK = 0.02
-"""By how much a schedule may be slower than asked for: steps are whole, and costs are no better known than that."""
+"""By how much a schedule may be slower than asked for: steps are whole, so a step more may be within a hair's breadth."""
 
 
 @dataclass(frozen=True)
@@ -185,19 +185,15 @@ def best_known(first: Mapping[Point, Distance], confirmed: Mapping[Point, Distan
 def _options(bundle: Bundle, calibration: CalibrationEntry, costs: CallCosts) -> list[Option]:
     size = {"height": calibration.height, "width": calibration.width}
 
-    def loop(settings: dict[str, object]) -> tuple[float, float | None]:
-        """The loop's cost, and seconds of everything."""
-        plan = plan_request(bundle, **settings, **size)  # type: ignore[arg-type]
-        if isinstance(costs, MeasuredCosts) and costs.seconds is not None:
-            seconds = plan.latency(costs)
-            return seconds - costs.seconds.text - costs.seconds.vae, seconds
-        return plan.cost(costs), None
+    def plan_of(settings: dict[str, object]) -> StitchPlan:
+        return plan_request(bundle, **settings, **size)  # type: ignore[arg-type]
 
-    baseline, _ = loop({"schedule": "large", "num_inference_steps": calibration.baseline_steps})
+    baseline = plan_of({"schedule": "large", "num_inference_steps": calibration.baseline_steps}).cost(costs)
     options = []
     for point, distance in best_known(*measured_in(calibration)).items():
-        cost, seconds = loop(point.settings)
-        options.append(Option(point, distance, baseline / cost, seconds))
+        plan = plan_of(point.settings)
+        seconds = plan.latency(costs) if isinstance(costs, MeasuredCosts) and costs.seconds else None
+        options.append(Option(point, distance, baseline / plan.cost(costs), seconds))
     return options
 
 

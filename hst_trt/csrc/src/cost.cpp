@@ -11,6 +11,9 @@ namespace {
 // FLOPs that ONNX Runtime would do in the time that reading one byte of weights adds to a call on a CPU.
 constexpr double kFlopsPerWeightByte = 12;
 
+// FLOPs that it would do in the time of the glue of a step with a mask.
+constexpr double kGlueFlops = 1.6e8;
+
 struct Layers {
   double rows, weights;  // rows of an image that a linear layer runs over
 };
@@ -51,7 +54,7 @@ CallCosts modelled_costs(const Bundle &bundle, const RequestShape &shape) {
   const double full = work(bundle.spec.large, shape.tokens());
   return {per_weight > 0 ? "cost model (FLOPs and weights read)" : "cost model (FLOPs)",
           [work, full, large = bundle.spec.large](int64_t tokens) { return work(large, tokens) / full; },
-          work(bundle.spec.small, shape.tokens()) / full};
+          work(bundle.spec.small, shape.tokens()) / full, (target.backend == "onnxruntime" ? kGlueFlops : 0) / full};
 }
 
 }  // namespace
@@ -66,7 +69,8 @@ CallCosts call_costs(const Bundle &bundle, const RequestShape &shape, const Mach
     if (!fits || !std::all_of(buckets.begin(), buckets.end(), measured)) continue;
     const double full = entry.large_seconds.at(tokens);
     return {"measured on " + entry.machine + ", " + entry.date,
-            [seconds = entry.large_seconds, full](int64_t count) { return seconds.at(count) / full; }, entry.small_seconds / full};
+            [seconds = entry.large_seconds, full](int64_t count) { return seconds.at(count) / full; }, entry.small_seconds / full,
+            entry.step_seconds / full};
   }
   return modelled_costs(bundle, shape);
 }

@@ -16,6 +16,7 @@ struct CallCosts {
   std::string source;                            // what they were taken from, in words
   std::function<double(int64_t tokens)> large;  // of a call on so many image tokens of each image
   double small;
+  double glue;  // of a step that draws a mask or uses one
 };
 
 // What the calls of a request cost: as measured, if the bundle has that for this machine and for requests of this shape, else by the

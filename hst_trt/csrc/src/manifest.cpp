@@ -154,7 +154,8 @@ CostsEntry read_costs(const json::Value &value, const std::string &path) {
   if (!guided) fail(fields.path("guided"), "neither true nor false");
   costs.guided = *guided;
   costs.small_seconds = fields.number("small_seconds", 0, true);
-  for (const char *key : {"text_seconds", "vae_seconds", "step_seconds"}) fields.number(key, 0, true);
+  costs.step_seconds = fields.number("step_seconds", 0, true);
+  for (const char *key : {"text_seconds", "vae_seconds"}) fields.number(key, 0, true);
   const json::Object &large = object_of(fields.get("large_seconds"), fields.path("large_seconds"));
   if (large.empty()) fail(fields.path("large_seconds"), "none");
   for (const auto &entry : large) {

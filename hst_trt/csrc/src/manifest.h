@@ -59,7 +59,7 @@ struct CostsEntry {
   int64_t threads, images, height, width;  // pixels
   bool guided;
   std::map<int64_t, double> large_seconds;  // by the image tokens that are computed
-  double small_seconds;
+  double small_seconds, step_seconds;  // of a small call; of the glue of a step with a mask
 };
 
 struct Manifest {

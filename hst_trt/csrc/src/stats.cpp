@@ -19,6 +19,7 @@ hst_stats run_stats(int64_t num_tokens, const std::vector<StepRecord> &records, 
     stats.large_tokens += record.tokens;
     if (record.tokens > 0) stats.large_compute += costs.large(record.tokens);
     if (record.step.small) stats.cost += costs.small;
+    if (record.step.redraw || (record.tokens > 0 && record.tokens < num_tokens)) stats.cost += costs.glue;
   }
   stats.cost += stats.large_compute;
   stats.large_compute_saved = 1 - stats.large_compute / steps;
