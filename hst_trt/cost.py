@@ -30,8 +30,8 @@ chosen by an earlier run of benchmarks/cost_model.py, on all its pairs; benchmar
 a GPU reading overlaps with computing, but for the modulation layers; what remains was never measured, and counts as nothing."""
 
 GLUE_FLOPS = {"onnxruntime": 1.6e8}
-"""By backend: FLOPs that it would do in the time of the glue of a step with a mask (`hst_trt.plan.Step.has_mask`). ONNX Runtime's
-on a CPU is that of the demo pair, where it is 5 % of a full call; beside large models it is next to nothing."""
+"""By backend: FLOPs that it would do in the time of the glue of a step with a mask (`hst_trt.plan.Step.has_mask`). ONNX
+Runtime's on a CPU is that of the demo pair, where it is 5 % of a full call; beside large models it is next to nothing."""
 
 
 def call_flops(spec: TransformerSpec, computed: int, tokens: int, text: int) -> int:

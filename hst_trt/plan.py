@@ -89,7 +89,7 @@ class Step:
     redraw: bool = False
 
     def has_mask(self, tokens: int, num_tokens: int) -> bool:
-        """Whether it draws a mask or uses one, computing `tokens` of `num_tokens` with the large model; its glue does more then."""
+        """Whether it draws a mask or uses one, `tokens` of `num_tokens` being the large model's; its glue does more then."""
         return self.redraw or 0 < tokens < num_tokens
 
 

@@ -159,11 +159,13 @@ def test_a_plan_is_costed_with_what_was_saved(measured: Measured, hst: Hst) -> N
     large = {int(count): seconds / costs["large_seconds"][str(TOKENS)] for count, seconds in costs["large_seconds"].items()}
     small = costs["small_seconds"] / costs["large_seconds"][str(TOKENS)]
     assert plan["cost_source"] == f"measured on {cpu().name}, {costs['date']}"
-    assert [step["cost"] for step in plan["steps"]] == pytest.approx([1 + small, *[large[24] + small] * 3, small], abs=1e-4), (
-        "the last large step also needs the small model, which draws the first mask with it"
+    glue = costs["step_seconds"] / costs["large_seconds"][str(TOKENS)]
+    stitched = [1 + small + glue, *[large[24] + small + glue] * 3, small]
+    assert [step["cost"] for step in plan["steps"]] == pytest.approx(stitched, abs=1e-4), (
+        "the last large step also needs the small model, which draws the first mask with it; small steps have no mask"
     )
     assert plan["cost"] == pytest.approx(sum(step["cost"] for step in plan["steps"]), abs=1e-3)
-    loop = costs["large_seconds"][str(TOKENS)] * (1 + 3 * large[24] + 5 * small) + STEPS * costs["step_seconds"]
+    loop = costs["large_seconds"][str(TOKENS)] * (1 + 3 * large[24] + 5 * small) + 4 * costs["step_seconds"]
     assert plan["seconds"] == pytest.approx(costs["text_seconds"] + loop + costs["vae_seconds"], abs=1e-4)
     assert done.err == ""
 
@@ -369,6 +371,7 @@ def test_costs_count_for_the_machine_threads_request_and_buckets_they_were_measu
     assert isinstance(costs, MeasuredCosts)
     assert costs.source == f"measured on {here.name}, 2026-11-23"
     assert ([costs.large(count) for count in buckets], costs.small()) == ([count / 16 for count in buckets], 0.25)
+    assert costs.glue() == 0.02
     assert costs.seconds == CallSeconds(full=0.5, step=0.01, text=0.1, vae=0.3)
     for shape, machine in (
         (TINY, Machine("another processor")),
@@ -386,11 +389,13 @@ def test_costs_count_for_the_machine_threads_request_and_buckets_they_were_measu
     assert isinstance(call_costs(lacking, TINY, here), ModelledCosts), "a bucket that was not measured"
 
 
-def test_the_seconds_of_a_plan_are_text_every_call_the_glue_of_every_step_and_the_vae() -> None:
+def test_the_seconds_of_a_plan_are_text_every_call_the_glue_of_steps_with_a_mask_and_the_vae() -> None:
     costs = MeasuredCosts({8: 0.25, 16: 1.0}, 0.5, seconds=CallSeconds(full=2.0, step=0.125, text=3.0, vae=7.0))
     request = PlanRequest("hybrid", 6, 16, (8, 16), stages=(2, 3, 1), mask=MaskRule(0.5), refresh_every=0)
-    assert make_plan(request).cost(costs) == 2 * 1.0 + 3 * 0.25 + 5 * 0.5
-    assert make_plan(request).latency(costs) == 3.0 + 2.0 * 5.25 + 6 * 0.125 + 7.0
+    calls, glue = 2 * 1.0 + 3 * 0.25 + 5 * 0.5, 4 * 0.125  # the second large step draws the first mask
+    assert make_plan(request).cost(costs) == calls + glue / 2.0
+    assert make_plan(request).cost(dataclasses.replace(costs, seconds=None)) == calls
+    assert make_plan(request).latency(costs) == 3.0 + 2.0 * calls + glue + 7.0
     empty = StitchPlan((), 16)
     assert empty.latency(costs) == 10.0
 

@@ -233,6 +233,19 @@ def test_the_stage_splits_of_the_method_cost_what_it_says() -> None:
         assert made.cost(costs) == pytest.approx(expected)
 
 
+def test_steps_that_use_a_mask_or_draw_one_cost_their_glue_too_and_others_do_not() -> None:
+    costs = sd35_costs(N)
+    glue = dataclasses.replace(costs, glue_flops=1e9)
+    assert glue.glue() == pytest.approx(1e9 / (2 * call_flops(costs.large_spec, N, N, 333)))
+    for made, steps in (
+        (plan(stages=(3, 9, 16), refresh_every=0), 10),  # the last large step draws the first mask
+        (plan("ras", 12, stages=(4, 8, 0), refresh_every=2), 8),  # a full call in between draws the next one
+        (plan("srdiffusion", stages=(14, 0, 14)), 0),
+        (plan("large"), 0),
+    ):
+        assert made.cost(glue) - made.cost(costs) == pytest.approx(steps * glue.glue()), made.stage_lengths
+
+
 @pytest.mark.parametrize("name", list(SD35))
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.1])
 def test_the_cost_model_counts_what_torchs_flop_counter_counts(name: str, share: float) -> None:

@@ -94,7 +94,7 @@ def plan(
         f"the same compute buys {cost:.1f} plain large-only steps"
     )
     if seconds is not None:
-        tables.print(f"a picture takes about {seconds:.3g} s: text, {large_only} steps with their glue, VAE")
+        tables.print(f"a picture takes about {seconds:.3g} s: text, {large_only} steps, VAE")
     if made.mask is not None and made.mask.threshold is not None:
         tables.print("threshold mask: each step's count is found during the run; the table shows the default share instead")
     if made.switch is not None:

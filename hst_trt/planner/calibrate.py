@@ -210,10 +210,12 @@ class Calibrator:
                     self.measured[point] = Distance(*self._first.distances(point).mean(1).tolist())
                     yield point, self.measured[point], count - len(self.measured)
             first = []
-        while self._rest.cases and (contenders := self._contenders()):
+        contenders = self._contenders() if self._rest.cases else []
+        while contenders:
             point = contenders[0]
             self.confirmed[point] = self._on_all(point)
-            yield point, self.confirmed[point], len(contenders) - 1
+            contenders = self._contenders()
+            yield point, self.confirmed[point], len(contenders)
 
     def entries(self) -> tuple[CalibratedEntry, ...]:
         """What was measured, for a bundle."""
