@@ -126,7 +126,7 @@ class MeasuredCosts:
     Attributes:
         by_tokens: of a large call, for each bucket and the full call.
         small_cost: of a small call.
-        seconds: what `hst_trt.plan.StitchPlan.latency` needs; None where only costs were measured.
+        seconds: what `glue` and `hst_trt.plan.StitchPlan.latency` need; None where only calls were measured: glue is 0 then.
     """
 
     by_tokens: Mapping[int, float]

@@ -287,7 +287,7 @@ typedef struct hst_stats {
   hst_stage_stats stages[3];  /* by HST_STAGE_LARGE ... */
   double large_compute;       /* cost of all large calls */
   double large_compute_saved; /* share of what as many large-only steps would have cost the large model */
-  double cost;                /* of all calls of both models */
+  double cost;                /* of all calls of both models, and the glue of steps with a mask */
   double modelled_speedup;    /* of the loop, over as many large-only steps, by these costs */
   double overhead;            /* share of the loop's time outside the two models; not a number where engines were not timed */
 } hst_stats;
